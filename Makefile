@@ -1,0 +1,64 @@
+# leangpt: `make demo` and `make test` work from a bare clone; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# which PyTorch to install: "cpu" from PyTorch's CPU index (small), "cuda" from PyPI; by default what this machine can use
+TORCH  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+BIN       := $(VENV)/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+export PYTHONSAFEPATH = 1   # keep ./kernels off sys.path: Hugging Face's `kernels` has the same name
+
+.PHONY: help demo test build bench lint format types clean
+
+help:            ## list these targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@echo "variables: PYTHON=python3.12, VENV=.venv, TORCH=cpu or cuda"
+
+demo: build      ## train a small GPT on this machine in minutes and generate from it
+	@$(BIN)/leangpt demo
+
+test: build      ## run the tests
+	@$(BIN)/python -m pytest -q
+
+bench: build     ## check every op against float64, then time it (under three minutes)
+	@$(BIN)/python benchmarks/bench_ops.py
+
+build: $(VENV)/built  ## compile csrc/, what has changed of it
+
+lint: build types  ## ruff, mypy, clang-format: checks only
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: build    ## rewrite the sources as lint wants them
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+types:           ## show type checkers the import name: .types/leangpt -> engine, kernels
+	@rm -rf .types && mkdir -p .types/leangpt
+	@cd .types/leangpt && ln -s ../../engine/* . && ln -s ../../kernels kernels
+
+clean:           ## delete the environment and what was built; data/ and runs/ stay
+	rm -rf $(VENV) .types build dist *.egg-info kernels/_C*.so
+
+$(VENV)/installed: requirements.lock pyproject.toml setup.py
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "leangpt: there is no '$(PYTHON)': install Python 3.11 to 3.13, or run make with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "leangpt: needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1): run make with PYTHON=python3.12, say"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "leangpt: $(PYTHON) has no venv module: install it, on Debian with 'apt install python3-venv'"; exit 1; }
+	@echo "leangpt: installing the pinned packages into $(VENV) (once, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test $(TORCH) != cpu || $(BIN)/pip install -q --retries 1 --no-deps --extra-index-url $(CPU_INDEX) \
+	    $$(grep '^torch==' requirements.lock)
+	@$(BIN)/pip install -q -r requirements.lock
+	@$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(shell find csrc -type f)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@

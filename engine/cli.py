@@ -1,0 +1,279 @@
+"""The command line: `leangpt prepare | train | generate | export | demo | info`.
+
+Each command is a dataclass whose fields are its options; the functions only parse, print, and call the library.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from .config import PRESETS, GPTConfig, SamplingParams, TrainConfig
+
+DEMO_RUN = Path("runs/demo")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate text: from a prompt on the command line, in a file, or on standard input."""
+
+    prompt: Positional[str | None] = None  # "-": read standard input
+    model: str = str(
+        DEMO_RUN
+    )  # hub id, Hugging Face folder, run or checkpoint; by default the demo's
+    file: Path | None = None  # read the prompt from this file
+    each_line: bool = False  # every line of the file or of standard input is a prompt of its own
+    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+    stream: bool = False  # print text as it is drawn
+    interactive: bool = False  # ask for one prompt after the other
+    chat: bool = False  # put the prompt through the model's chat template
+    system: str | None = None  # chat: a first message of the role "system"
+    json: bool = False  # one JSON object a completion and line
+    overflow: Literal["error", "truncate"] = (
+        "error"  # prompt too long for the context: refuse or cut its left
+    )
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in another format."""
+
+    out: Positional[Path]
+    model: str = str(DEMO_RUN)
+    format: Literal["auto", "hf", "native"] = (
+        "auto"  # auto: Hugging Face's where it can express the model
+    )
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what this machine offers: instructions, threads, backends, versions."""
+
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small GPT on the sources of Python's standard library, and generate from it."""
+
+    out: Path = DEMO_RUN
+    minutes: float = 3.0  # of training, about; the number of steps follows from the measured speed
+
+
+def _prepare(argv: Sequence[str]) -> None:
+    from .data.prepare import PrepareConfig, prepare
+
+    prepare(_parse(PrepareConfig, "prepare", argv))
+
+
+def _train(argv: Sequence[str]) -> None:
+    from .training import train
+
+    # --preset chooses the defaults of --arch.*, so it is read first
+    preset = "small"
+    rest = list(argv)
+    for i, word in enumerate(rest):
+        if word == "--preset" or word.startswith("--preset="):
+            preset = word.partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
+            del rest[i : i + (1 if "=" in word else 2)]
+            break
+    default = TrainConfig(arch=GPTConfig.preset(preset))
+    description = f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*"
+    train(_parse(TrainConfig, "train", rest, default=default, description=description))
+
+
+def _read_prompts(options: Generate) -> list[str]:
+    if options.file is not None:
+        text = options.file.read_text(encoding="utf-8")
+    elif options.prompt not in (None, "-"):
+        return [options.prompt]
+    elif options.prompt == "-" or not sys.stdin.isatty():
+        text = sys.stdin.buffer.read().decode("utf-8")
+    else:
+        text = ""
+    return text.splitlines() if options.each_line else [text]
+
+
+def _print_completion(completion: Any, options: Generate, prompts: Sequence[str]) -> None:
+    if options.json:
+        row = {"prompt": prompts[completion.prompt_index], **dataclasses.asdict(completion)}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        prompt = "" if options.chat else prompts[completion.prompt_index]
+        print(prompt + completion.text, flush=True)
+
+
+def _generate(argv: Sequence[str]) -> None:
+    options = _parse(Generate, "generate", argv)
+    if options.json and (options.stream or options.interactive):
+        raise ValueError("--json prints whole completions: leave out --stream and --interactive")
+    if options.model == str(DEMO_RUN) and not DEMO_RUN.exists():
+        raise FileNotFoundError(
+            f"there is no {DEMO_RUN} yet: run `leangpt demo` (or `make demo`) here, or choose a --model"
+        )
+    from .generator import Generator
+
+    generator = Generator.from_pretrained(
+        options.model, device=_device(options.device), dtype=options.dtype
+    )
+    if options.interactive:
+        _converse(generator, options)
+        return
+    prompts = _read_prompts(options)
+    if options.stream:
+        for prompt in prompts:
+            if not options.chat:
+                print(prompt, end="")
+            _print_stream(generator, prompt, options)
+    elif options.chat:
+        for i, prompt in enumerate(prompts):
+            completion = generator.chat(_messages(options, prompt), options.sampling)
+            _print_completion(dataclasses.replace(completion, prompt_index=i), options, prompts)
+    else:
+        for completion in generator.generate(prompts, options.sampling, overflow=options.overflow):
+            _print_completion(completion, options, prompts)
+
+
+def _messages(options: Generate, prompt: str) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _print_stream(
+    generator: Any, prompt: str, options: Generate, messages: list[dict[str, str]] | None = None
+) -> str:
+    if options.chat:
+        pieces = generator.stream_chat(messages or _messages(options, prompt), options.sampling)
+    else:
+        pieces = generator.stream(prompt, options.sampling, overflow=options.overflow)
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print(flush=True)
+    return text
+
+
+def _converse(generator: Any, options: Generate) -> None:
+    """One prompt after the other until end of input; with --chat the messages before are kept."""
+    messages: list[dict[str, str]] = []
+    if options.system:
+        messages.append({"role": "system", "content": options.system})
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            if options.chat:
+                messages.append({"role": "user", "content": prompt})
+            answer = _print_stream(generator, prompt, options, messages)
+            messages.append({"role": "assistant", "content": answer})
+        except KeyboardInterrupt:
+            print(" (stopped; Ctrl-D ends)")
+        except ValueError as error:
+            print(f"leangpt: {error}", file=sys.stderr)
+
+
+def _export(argv: Sequence[str]) -> None:
+    from .data.tokenizer import load_tokenizer
+    from .pretrained import load_model, resolve_model, save_pretrained
+
+    options = _parse(Export, "export", argv)
+    folder = resolve_model(options.model)
+    save_pretrained(
+        load_model(str(folder)), options.out, load_tokenizer(folder), format=options.format
+    )
+    print(f"wrote {options.out}")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    from .demo import run_demo
+
+    options = _parse(Demo, "demo", argv)
+    run_demo(options.out, options.minutes)
+
+
+def _info(argv: Sequence[str]) -> None:
+    from .machine import describe
+
+    options = _parse(Info, "info", argv)
+    rows = describe()
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for name, value in rows.items():
+            print(f"{name:18} {value}")
+
+
+def _device(name: str) -> str:
+    from .machine import default_device
+
+    return default_device() if name == "auto" else name
+
+
+COMMANDS = {
+    "prepare": (_prepare, "turn text files into token shards"),
+    "train": (_train, "train a GPT on prepared data"),
+    "generate": (_generate, "generate text from a model"),
+    "export": (_export, "write a model in another format"),
+    "demo": (_demo, "train a small GPT in minutes and generate from it"),
+    "info": (_info, "show what this machine offers"),
+}
+USAGE = "usage: leangpt COMMAND [OPTIONS]\n\n" + "\n".join(
+    f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()
+)
+
+
+def _parse(kind: Any, command: str, argv: Sequence[str], **options: Any) -> Any:
+    return tyro.cli(
+        kind,
+        prog=f"leangpt {command}",
+        args=list(argv),
+        config=(tyro.conf.AvoidSubcommands,),
+        **options,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 after an error of the user's, 2 for usage, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE + "\n\n`leangpt COMMAND --help` lists the options of a command.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"leangpt: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    from .machine import use_threads
+
+    try:
+        use_threads()
+        COMMANDS[argv[0]][0](argv[1:])
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what the user can mend; anything else shows its traceback
+        print(f"leangpt {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nleangpt {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0

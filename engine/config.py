@@ -1,0 +1,297 @@
+"""What a user can choose: the model (`GPTConfig`), its training (`TrainConfig`), how text is drawn (`SamplingParams`).
+
+All are frozen and validate themselves; change one with `dataclasses.replace`. The command line is generated from them.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+Norm = Literal["layer_norm", "rms_norm"]
+Position = Literal["learned", "rotary"]
+Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu"]
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    _check(value in get_args(choices), f"{name} must be one of {get_args(choices)}, got {value!r}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value is None or value > 0, f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context length of pre-training.
+
+    References: linear, https://arxiv.org/abs/2306.15595; yarn, https://arxiv.org/abs/2309.00071;
+    llama3, https://arxiv.org/abs/2407.21783.
+    """
+
+    type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_seq_len: int = 8192  # llama3, yarn: the context length of pre-training
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: scale of cos and sin; None is 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        _check_choice("rope_scaling.type", self.type, Literal["linear", "llama3", "yarn"])
+        _check(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and options of a GPT. The defaults are GPT-2 (124M); the options reach to Llama, Mistral and Qwen."""
+
+    vocab_size: int = 50257
+    max_seq_len: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int | None = None  # key/value heads; None: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_inner: int | None = (
+        None  # width inside the MLP; None: 4 n_embd, or 8/3 n_embd where it is gated
+    )
+    norm: Norm = "layer_norm"
+    norm_eps: float = 1e-5
+    position: Position = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    activation: Activation = "gelu_tanh"
+    bias: bool = True  # in every linear layer and LayerNorm
+    qkv_bias: bool | None = None  # None: as `bias`
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    sliding_window: int | None = None  # keys seen by a query, itself included; None: all before it
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_choice("norm", self.norm, Norm)
+        _check_choice("position", self.position, Position)
+        _check_choice("activation", self.activation, Activation)
+        _check_positive(self, "vocab_size", "max_seq_len", "n_layer", "n_head", "n_embd")
+        _check_positive(self, "n_kv_head", "head_dim", "n_inner", "sliding_window")
+        _check_positive(self, "norm_eps", "rope_theta")
+        _check(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        _check(
+            self.head_dim is not None or self.n_embd % self.n_head == 0,
+            f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}) unless head_dim is given",
+        )
+        _check(
+            self.n_head % self.kv_heads == 0,
+            f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.kv_heads})",
+        )
+        _check(
+            self.position == "learned" or self.head_size % 2 == 0,
+            f"rotary positions need an even head_dim, got {self.head_size}",
+        )
+        _check(
+            self.rope_scaling is None or self.position == "rotary",
+            "rope_scaling needs position='rotary'",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    @property
+    def inner_size(self) -> int:
+        if self.n_inner is not None:
+            return self.n_inner
+        # a gated MLP has three matrices: 8/3 keeps its size, in multiples of 64
+        return math.ceil(self.n_embd * 8 / 3 / 64) * 64 if self.is_gated else 4 * self.n_embd
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return the preset of that exact name, or raise with the list of names."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`; unknown keys are an error."""
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        _check(not unknown, f"unknown model option: {', '.join(sorted(unknown))}")
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, dict):
+            values = values | {"rope_scaling": RopeScaling(**scaling)}
+        return cls(**values)
+
+
+_LLAMA: dict[str, Any] = {
+    "norm": "rms_norm",
+    "position": "rotary",
+    "activation": "swiglu",
+    "bias": False,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # for CPUs; training sets vocab_size to that of the data's tokenizer
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "max_seq_len": 128, **_LLAMA},
+    "mini": {"n_layer": 4, "n_head": 4, "n_embd": 256, "max_seq_len": 256, **_LLAMA},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256, **_LLAMA},
+    "gpt2": {},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Filters apply in the order temperature, top_k, top_p, min_p (see `reference.sample`)."""
+
+    max_new_tokens: int | None = 128  # None: until the context is full
+    temperature: float = 0.8  # 0: greedy
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0  # relative to the most probable token
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt and text so far
+    presence_penalty: float = 0.0  # subtracted from logits of tokens in the text so far
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # besides the tokenizer's end of text
+    ignore_eos: bool = False
+    seed: int | None = None  # None: draw one; `Completion.seed` tells it
+    logprobs: int | None = None  # None: none; 0: of the drawn tokens; k: of the k most probable too
+    n: int = 1  # completions of each prompt
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_new_tokens", "top_k", "repetition_penalty", "n")
+        _check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        _check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _check(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
+        _check(
+            self.seed is None or 0 <= self.seed < 2**64,
+            f"seed must be in [0, 2**64), got {self.seed}",
+        )
+        _check(
+            self.logprobs is None or self.logprobs >= 0,
+            f"logprobs must be at least 0, got {self.logprobs}",
+        )
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop must be a tuple of strings, got the string {self.stop!r}")
+        _check(all(self.stop), "a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. A step is one optimizer update over `batch_size` sequences, on however many processes."""
+
+    data: Path = Path("data/stdlib")  # a folder written by `leangpt prepare`
+    out: Path = Path("runs/train")  # the run: checkpoints, logs, loss curve
+    resume: bool = False  # go on with the run in `out`; where there is none, start it
+    model: str | None = None  # start from these weights (hub id or folder); `arch` is theirs then
+    arch: GPTConfig = field(
+        default_factory=lambda: GPTConfig.preset("small")
+    )  # vocab_size: the data's
+
+    batch_size: int = 16  # sequences a step, over all processes
+    micro_batch_size: int | None = None  # sequences a forward pass; None: all that this process has
+    seq_len: int | None = None  # None: max_seq_len of the model
+    max_steps: int = 2000
+    max_minutes: float | None = None  # stop early on the clock, which resuming does not reset
+    target_loss: float | None = None  # stop once the validation loss (nats per token) is this low
+
+    learning_rate: float = 1e-3
+    min_learning_rate: float | None = None  # cosine, wsd: the last step's; None: a tenth
+    warmup_steps: int = 100
+    schedule: Schedule = "cosine"
+    decay_fraction: float = 0.2  # wsd: share of the steps in which the rate falls
+    weight_decay: float = 0.1  # of matrices, the token table too; not norms, biases, positions
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+    eval_every: int = 250
+    eval_batches: int = 16  # batches of the fixed validation set
+    sample_every: int = 500  # 0: no samples in the log
+    sample_prompt: str = ""
+    sample_tokens: int = 96
+    checkpoint_every: int = 500
+    keep_last: int = 2  # checkpoints kept besides the best
+    spike_factor: float = (
+        3.0  # a gradient norm this many times its running mean skips the step; 0: never
+    )
+    max_skipped: int = 20  # skipped steps in a row that end the run
+
+    seed: int = 1337
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # auto: bfloat16 where the hardware multiplies it
+    )
+    compile: bool = False  # torch.compile the model
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    progress: bool = True  # progress bar, validation losses and samples on the terminal
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, Schedule)
+        _check_positive(self, "batch_size", "micro_batch_size", "seq_len", "max_steps")
+        _check_positive(self, "max_minutes", "learning_rate", "eval_every", "eval_batches")
+        _check_positive(self, "checkpoint_every", "keep_last", "max_skipped", "sample_tokens")
+        _check_choice("dtype", self.dtype, Literal["auto", "float32", "bfloat16"])
+        for name in ("warmup_steps", "sample_every", "weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            _check(value >= 0, f"{name} must not be negative, got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        _check(
+            0 <= self.last_learning_rate <= self.learning_rate,
+            f"min_learning_rate must be in [0, learning_rate], got {self.min_learning_rate}",
+        )
+        _check(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"spike_factor must be 0 or above 1, got {self.spike_factor}",
+        )
+        _check(
+            0 < self.decay_fraction <= 1,
+            f"decay_fraction must be in (0, 1], got {self.decay_fraction}",
+        )
+        _check(
+            self.seq_len is None or self.model is not None or self.seq_len <= self.arch.max_seq_len,
+            f"seq_len ({self.seq_len}) must not exceed the model's max_seq_len ({self.arch.max_seq_len})",
+        )
+
+    @property
+    def last_learning_rate(self) -> float:
+        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_dict` is the inverse."""
+        values = dataclasses.asdict(self)
+        return values | {"data": str(self.data), "out": str(self.out)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; unknown keys are an error."""
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        _check(not unknown, f"unknown training option: {', '.join(sorted(unknown))}")
+        paths = {name: Path(values[name]) for name in ("data", "out")}
+        return cls(**values | paths | {"arch": GPTConfig.from_dict(values["arch"])})

@@ -1,0 +1,232 @@
+"""The GPT: one lean pre-norm block whose options (`GPTConfig`) reach from GPT-2 to Llama, Mistral and Qwen.
+
+It holds the parameters and says in which order the ops of `leangpt.kernels.ops` run. It knows neither tokenizers nor how
+text is drawn; a decoder plugs its key/value cache in through `attend`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leangpt.kernels import ops
+
+from .config import GPTConfig
+from .rotary import rotary_tables
+
+# (layer, q (B, T, H, D), k (B, T, H_kv, D), v (B, T, H_kv, D)) -> (B, T, H, D); q and k have their positions
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, with the add to the residual stream in front of it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.is_layer_norm = config.norm == "layer_norm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        has_bias = self.is_layer_norm and config.bias
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
+
+    def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `norm(stream + branch)` and `stream + branch`."""
+        if self.is_layer_norm:
+            if branch is None:
+                return ops.layer_norm(stream, self.weight, self.bias, self.eps), stream
+            return ops.add_layer_norm(branch, stream, self.weight, self.bias, self.eps)
+        if branch is None:
+            return ops.rms_norm(stream, self.weight, self.eps), stream
+        return ops.add_rms_norm(branch, stream, self.weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over each head (QK-norm)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.head_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on the normalized stream and added to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        H, H_kv, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
+        self.norm_1 = Norm(config)
+        self.qkv = nn.Linear(C, (H + 2 * H_kv) * D, bias=config.has_qkv_bias)
+        self.q_norm = HeadNorm(config) if config.qk_norm else None
+        self.k_norm = HeadNorm(config) if config.qk_norm else None
+        self.attn_out = nn.Linear(H * D, C, bias=config.bias)
+        self.norm_2 = Norm(config)
+        self.mlp_in = nn.Linear(C, config.inner_size * (1 + config.is_gated), bias=config.bias)
+        self.mlp_out = nn.Linear(config.inner_size, C, bias=config.bias)
+
+    def forward(
+        self,
+        stream: Tensor,
+        branch: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor]:
+        """Add `branch` to the stream, run the block, and return the stream and the branch still to be added."""
+        x, stream = self.norm_1(stream, branch)
+        x, stream = self.norm_2(stream, self.drop(self.attention(x, rope, attend)))
+        return stream, self.drop(self.mlp(x))
+
+    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        B, T, _ = x.shape
+        H, H_kv, D = self.config.n_head, self.config.kv_heads, self.config.head_size
+        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(B, T, H + 2 * H_kv, D)
+        q, k, v = qkv.split((H, H_kv, H_kv), dim=2)  # (B, T, H or H_kv, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
+        out = attend(self.layer, q, k, v)
+        return ops.linear(out.flatten(2), self.attn_out.weight, self.attn_out.bias)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return ops.mlp(
+            x,
+            self.mlp_in.weight,
+            self.mlp_in.bias,
+            self.mlp_out.weight,
+            self.mlp_out.bias,
+            self.config.activation,
+        )
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A GPT language model.
+
+    `GPT(config)` initializes its weights from torch's random generator; `GPT.from_pretrained` reads them.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        is_learned = config.position == "learned"
+        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if is_learned else None
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm_f = Norm(config)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        )
+        if not is_learned:
+            cos, sin = rotary_tables(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """GPT-2's: normal(0, 0.02), and 1 / sqrt(2 n_layer) of that for what is added to the residual stream."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                is_residual = name.endswith(("attn_out", "mlp_out"))
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if is_residual else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> Self:
+        """Load a model: see `leangpt.pretrained.load_model`."""
+        from .pretrained import load_model
+
+        return load_model(name, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`(V, C)`, the rows that hidden states are compared with."""
+        return self.wte.weight if self.head is None else self.head.weight
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of forward and backward for one token of a sequence of `seq_len` tokens.
+
+        6 for each weight that a token is multiplied with, and causal attention's share (half of the full square).
+        """
+        embeddings = sum(e.weight.numel() for e in (self.wte, self.wpe) if e is not None)
+        matrix_weights = self.num_parameters - embeddings + self.head_weight.numel()
+        if self.head is not None:
+            matrix_weights -= self.head.weight.numel()
+        keys = min(seq_len, self.config.sliding_window or seq_len) / 2
+        width = self.config.n_head * self.config.head_size
+        return 6 * matrix_weights + 12 * self.config.n_layer * width * keys
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within the given sequences."""
+        dropout_p = self.config.dropout if self.training else 0.0
+        return ops.attention(
+            q, k, v, sliding_window=self.config.sliding_window, dropout_p=dropout_p
+        )
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, `(B, T, C)`.
+
+        Args:
+            tokens: `(B, T)` int64.
+            positions: int64 that broadcasts to `(B, T)`; None: 0 to T - 1.
+            attend: replaces causal attention within the given tokens, as a key/value cache does.
+
+        Raises:
+            ValueError: T is larger than max_seq_len and no positions are given.
+        """
+        T, limit = tokens.shape[1], self.config.max_seq_len
+        if positions is None:
+            if limit < T:
+                raise ValueError(f"the model reads at most {limit} tokens, got {T}")
+            positions = torch.arange(T, device=tokens.device)[None]
+        if self.wpe is not None:
+            stream = ops.embedding(tokens, self.wte.weight, positions, self.wpe.weight)
+            rope = None
+        else:
+            stream = ops.embedding(tokens, self.wte.weight)
+            rope = self.cos[positions], self.sin[positions]
+        stream = F.dropout(stream, self.config.dropout, self.training)
+        branch = None
+        for block in self.blocks:
+            stream, branch = block(stream, branch, rope, attend or self.attend)
+        return self.norm_f(stream, branch)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(..., C)` to `(..., V)`."""
+        return ops.linear(hidden, self.head_weight)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, reduction: ops.Reduction = "mean"
+    ) -> Tensor:
+        """Logits `(B, T, V)`, or with targets `(B, T)` the cross-entropy in nats (-100 does not count)."""
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        return ops.linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)

@@ -1,0 +1,36 @@
+"""Load the compiled extension (csrc/) and describe its ops to torch.compile.
+
+The library has no Python binding of its own: loading it registers `torch.ops.leangpt`. Its file name holds the torch
+version it was built for (see setup.py); one built for another torch is never loaded, since its C++ ABI may differ.
+"""
+
+from pathlib import Path
+
+import torch
+
+OPS: frozenset[str] = frozenset()  # the ops of ops.py that the loaded extension implements
+DIFFERENTIABLE: frozenset[str] = frozenset()  # those with a native backward
+
+
+def _load() -> str | None:
+    """Load the extension; return None, or the reason why there is none."""
+    folder = Path(__file__).parent
+    library = folder / f"_C-torch{torch.__version__}.so"
+    if library.exists():
+        torch.ops.load_library(str(library))
+        return None
+    others = [p.stem.removeprefix("_C-torch") for p in folder.glob("_C-torch*.so")]
+    if others:
+        return (
+            f"built for torch {', '.join(others)}, but torch {torch.__version__} is running:"
+            " run `make build` or reinstall leangpt"
+        )
+    return "not built: install a C++ compiler, then run `make build` or reinstall leangpt"
+
+
+unavailable_reason = _load()
+
+
+def cpu_isa() -> str | None:
+    """The vector instructions the native CPU kernels use ("avx512", "avx2", "portable"), or None without them."""
+    return None if unavailable_reason else torch.ops.leangpt.cpu_isa()

@@ -1,0 +1,365 @@
+"""The ops of the engine: what they compute, on what; `select` says which backend runs them.
+
+Shapes: B batch, T query length, S key length, H heads, D head_dim, C n_embd, F n_inner, V vocab. Floating-point tensors
+are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Every op is
+differentiable in its floating-point tensors, but for `sample` and `penalize`.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .dispatch import select
+
+Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def _check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    positions: Tensor | None = None,
+    position_weight: Tensor | None = None,
+) -> Tensor:
+    """Rows of a table, and of a second one for learned positions: `weight[tokens] + position_weight[positions]`.
+
+    Args:
+        tokens: `(B, T)` int64 in [0, V).
+        weight: `(V, C)`.
+        positions: None, or int64 in [0, max_seq_len) that broadcasts to `(B, T)`.
+        position_weight: `(max_seq_len, C)`, given with `positions`.
+
+    Returns:
+        `(B, T, C)`.
+
+    Raises:
+        ValueError: only one of `positions` and `position_weight` is given.
+        IndexError: a token or position is out of range (on a GPU: a device assertion).
+    """
+    if (positions is None) != (position_weight is None):
+        raise ValueError("embedding: positions and position_weight must be given together")
+    backend = select("embedding", weight, position_weight)
+    return backend.embedding(tokens, weight, positions, position_weight)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer normalization: `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, variance without Bessel's correction.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(C,)`.
+        bias: `(C,)` or None.
+        eps: added to the variance.
+
+    Returns:
+        `(..., C)`, dtype of `x`.
+
+    Raises:
+        ValueError: `weight` or `bias` is not `(C,)`.
+
+    Reference: Ba et al., 2016, https://arxiv.org/abs/1607.06450
+    """
+    _check_shape("layer_norm", "weight", weight, (x.shape[-1],))
+    _check_shape("layer_norm", "bias", bias, (x.shape[-1],))
+    return select("layer_norm", x, weight, bias).layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Residual add and layer normalization in one pass: `(layer_norm(residual + x), residual + x)`.
+
+    Args, Raises and Reference: as `layer_norm`; `residual` has the shape of `x`.
+
+    Returns:
+        The normalized tensor and the sum, both `(..., C)`.
+    """
+    _check_shape("add_layer_norm", "residual", residual, tuple(x.shape))
+    _check_shape("add_layer_norm", "weight", weight, (x.shape[-1],))
+    _check_shape("add_layer_norm", "bias", bias, (x.shape[-1],))
+    backend = select("add_layer_norm", x, residual, weight, bias)
+    return backend.add_layer_norm(x, residual, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square normalization: `x / sqrt(mean(x^2) + eps) * weight`.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(C,)`.
+        eps: added to the mean square.
+
+    Returns:
+        `(..., C)`, dtype of `x`.
+
+    Raises:
+        ValueError: `weight` is not `(C,)`.
+
+    Reference: Zhang & Sennrich, 2019, https://arxiv.org/abs/1910.07467
+    """
+    _check_shape("rms_norm", "weight", weight, (x.shape[-1],))
+    return select("rms_norm", x, weight).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMS normalization in one pass: `(rms_norm(residual + x), residual + x)`.
+
+    Args, Raises and Reference: as `rms_norm`; `residual` has the shape of `x`.
+
+    Returns:
+        The normalized tensor and the sum, both `(..., C)`.
+    """
+    _check_shape("add_rms_norm", "residual", residual, tuple(x.shape))
+    _check_shape("add_rms_norm", "weight", weight, (x.shape[-1],))
+    return select("add_rms_norm", x, residual, weight).add_rms_norm(x, residual, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: each pair `(x[i], x[i + D/2])` is turned by the angle of its position.
+
+    `y[i] = x[i] cos[i] - x[i + D/2] sin[i]` and `y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]` for i < D/2.
+
+    Args:
+        x: `(B, T, H, D)`, queries or keys, D even; a view into packed qkv is fine.
+        cos: `(B, T, D/2)` or `(1, T, D/2)`, float32; not differentiated.
+        sin: like `cos`.
+
+    Returns:
+        `(B, T, H, D)`, dtype of `x`.
+
+    Raises:
+        ValueError: D is odd, or `cos` or `sin` does not fit `x`.
+
+    Reference: Su et al., 2021, https://arxiv.org/abs/2104.09864
+    """
+    B, T, _, D = x.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if D % 2 or tuple(table.shape) not in ((B, T, D // 2), (1, T, D // 2)):
+            raise ValueError(
+                f"rotary: {name} must be ({B} or 1, {T}, {D} / 2), got {tuple(table.shape)}"
+            )
+    return select("rotary", x).rotary(x, cos, sin)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seqlens_k: Tensor | None = None,
+    sliding_window: int | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Causal attention: `softmax(softmax_scale * q k^T + mask) v`, softmax and sums in float32 or wider.
+
+    The T queries are the last T positions of their sequence: query t stands at `seqlens_k - T + t` and sees the keys up
+    to and with its own position; with `sliding_window` w only the last w of these. Query head h reads key head
+    `h // (H / H_kv)` (grouped-query attention).
+
+    Args:
+        q: `(B, T, H, D)`.
+        k: `(B, S, H_kv, D)`, S >= T.
+        v: `(B, S, H_kv, D)`.
+        seqlens_k: `(B,)` int64, valid keys of each sequence, in [T, S]; keys beyond are padding. None: S for all.
+        sliding_window: number of keys that a query sees, itself included; None: all.
+        softmax_scale: None is `1 / sqrt(D)`.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        `(B, T, H, D)`, dtype of `q`.
+
+    Raises:
+        ValueError: a shape does not fit, or H is not a multiple of H_kv.
+
+    References: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; grouped queries: Ainslie et al., 2023,
+    https://arxiv.org/abs/2305.13245; sliding window: Beltagy et al., 2020, https://arxiv.org/abs/2004.05150
+    """
+    B, T, H, D = q.shape
+    _, S, H_kv, _ = k.shape
+    _check_shape("attention", "k", k, (B, S, H_kv, D))
+    _check_shape("attention", "v", v, (B, S, H_kv, D))
+    _check_shape("attention", "seqlens_k", seqlens_k, (B,))
+    if S < T:
+        raise ValueError(f"attention: there must be a key for each of the {T} queries, got {S}")
+    if H % H_kv:
+        raise ValueError(f"attention: {H} query heads must be a multiple of {H_kv} key heads")
+    backend = select("attention", q, k, v)
+    return backend.attention(q, k, v, seqlens_k, sliding_window, softmax_scale, dropout_p)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Matrix product `x weight^T + bias`, accumulated in float32 or wider.
+
+    Args:
+        x: `(..., C)`.
+        weight: `(N, C)`.
+        bias: `(N,)` or None.
+
+    Returns:
+        `(..., N)`.
+
+    Raises:
+        ValueError: `weight` or `bias` does not fit.
+    """
+    _check_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
+    _check_shape("linear", "bias", bias, (weight.shape[0],))
+    return select("linear", x, weight, bias).linear(x, weight, bias)
+
+
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: Activation,
+) -> Tensor:
+    """Two-layer perceptron of a block: `act(x w_in^T + b_in) w_out^T + b_out`.
+
+    `gelu_tanh` is GPT-2's GELU, `gelu` the exact one, `relu2` is `max(0, h)^2`, and `swiglu` is `silu(gate) * up` with
+    `(gate, up)` the two halves of the first product.
+
+    Args:
+        x: `(..., C)`.
+        w_in: `(F, C)`; `(2F, C)` for swiglu, the rows of gate first.
+        b_in: as many as `w_in` has rows, or None.
+        w_out: `(C, F)`.
+        b_out: `(C,)` or None.
+        activation: see above.
+
+    Returns:
+        `(..., C)`.
+
+    Raises:
+        ValueError: a shape does not fit, or `activation` is unknown.
+
+    References: GELU: Hendrycks & Gimpel, 2016, https://arxiv.org/abs/1606.08415; SwiGLU: Shazeer, 2020,
+    https://arxiv.org/abs/2002.05202; ReLU^2: So et al., 2021, https://arxiv.org/abs/2109.08668
+    """
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"mlp: activation must be one of {get_args(Activation)}, got {activation!r}"
+        )
+    n_inner = w_out.shape[1]
+    rows = 2 * n_inner if activation == "swiglu" else n_inner
+    _check_shape("mlp", "w_in", w_in, (rows, x.shape[-1]))
+    _check_shape("mlp", "b_in", b_in, (rows,))
+    _check_shape("mlp", "b_out", b_out, (w_out.shape[0],))
+    backend = select("mlp", x, w_in, b_in, w_out, b_out)
+    return backend.mlp(x, w_in, b_in, w_out, b_out, activation)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Language-model head and loss: `logsumexp(l) - l[target]` with `l = hidden weight^T`, in float32 or wider.
+
+    Args:
+        hidden: `(..., C)`.
+        weight: `(V, C)`.
+        targets: `(...)` int64 in [0, V), or `ignore_index`: such rows have loss and gradient 0 and do not count.
+        reduction: "mean" over the rows that count, "sum", or "none".
+
+    Returns:
+        Scalar, or the shape of `targets` for "none"; in nats, float32 (float64 for doubles).
+
+    Raises:
+        ValueError: a shape does not fit, or `reduction` is unknown.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"linear_cross_entropy: reduction must be one of {get_args(Reduction)}, got {reduction!r}"
+        )
+    _check_shape("linear_cross_entropy", "weight", weight, (weight.shape[0], hidden.shape[-1]))
+    _check_shape("linear_cross_entropy", "targets", targets, tuple(hidden.shape[:-1]))
+    backend = select("linear_cross_entropy", hidden, weight)
+    return backend.linear_cross_entropy(hidden, weight, targets, ignore_index, reduction)
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    sample_index: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Draw one token a row, by a rule that depends on the row alone: neither on its neighbours nor on the machine.
+
+    `argmax_v (logits[v] / temperature - log(noise[v]))` over the tokens v that the filters keep, where `noise[v]` is
+    exponentially distributed and a function of (seed, sample_index, position, v) alone, see
+    `reference.exponential_noise`; this draws v with probability `softmax(logits / temperature)[v]` (Gumbel-max).
+    At temperature 0 it is the token of the largest logit, the first of equals.
+
+    The filters, in this order, each on what the one before kept, and each keeping all tokens tied with its last one:
+    top_k, the k most probable; top_p, the fewest most probable ones whose probabilities sum to at least p;
+    min_p, those at least `min_p` times as probable as the best.
+
+    Args:
+        logits: `(N, V)`.
+        temperature: `(N,)` float, >= 0.
+        top_k: `(N,)` int64; 0 keeps all.
+        top_p: `(N,)` float in (0, 1]; 1 keeps all.
+        min_p: `(N,)` float in [0, 1]; 0 keeps all.
+        seed: `(N,)` int64, the 64 bits of the request's seed.
+        sample_index: `(N,)` int64, which of the request's samples this is.
+        position: `(N,)` int64, the position in its sequence of the token that is drawn.
+
+    Returns:
+        `(N,)` int64.
+
+    References: top-p: Holtzman et al., 2019, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al., 2024,
+    https://arxiv.org/abs/2407.01082; Gumbel-max: Maddison et al., 2014, https://arxiv.org/abs/1411.0030
+    """
+    settings = (temperature, top_k, top_p, min_p, seed, sample_index, position)
+    for setting in settings:
+        _check_shape("sample", "each setting", setting, (logits.shape[0],))
+    return select("sample", logits).sample(logits, *settings)
+
+
+@torch.no_grad()
+def penalize(
+    logits: Tensor,
+    in_context: Tensor,
+    in_text: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+) -> Tensor:
+    """Make tokens that occurred less likely.
+
+    Repetition: positive logits are divided by the penalty, negative ones multiplied. Presence: it is subtracted.
+
+    Args:
+        logits: `(N, V)`.
+        in_context: `(N, V)` bool, tokens of the prompt or of the text so far: repetition applies.
+        in_text: `(N, V)` bool, tokens of the text so far: presence applies.
+        repetition_penalty: `(N,)` float; 1 changes nothing.
+        presence_penalty: `(N,)` float; 0 changes nothing.
+
+    Returns:
+        `(N, V)`, a new tensor.
+
+    Reference: Keskar et al., 2019, https://arxiv.org/abs/1909.05858
+    """
+    _check_shape("penalize", "in_context", in_context, tuple(logits.shape))
+    _check_shape("penalize", "in_text", in_text, tuple(logits.shape))
+    backend = select("penalize", logits)
+    return backend.penalize(logits, in_context, in_text, repetition_penalty, presence_penalty)

@@ -1,0 +1,73 @@
+"""Build of leangpt: `engine/` is the package `leangpt`, `kernels/` is `leangpt.kernels`, `csrc/` its extension.
+
+The extension only registers `torch.ops.leangpt` (no Python binding, no Python headers). Its file name carries the
+torch it was built for, `_C-torch<version>.so`, so that `kernels/native.py` never loads one built for another torch.
+"""
+
+import os
+import shutil
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+except ImportError:
+    sys.exit(
+        "leangpt is built against the torch of this environment, and there is none. Run:\n"
+        "    pip install 'torch>=2.10' setuptools wheel ninja\n"
+        "    pip install --no-build-isolation ."
+    )
+
+
+class BuildNative(BuildExtension):
+    """BuildExtension with the torch version in the file name and objects kept between builds."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/temp"  # also for editable installs, which would compile all again
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', os.sep)}-torch{torch.__version__}.so"
+
+    def copy_extensions_to_source(self) -> None:
+        for stale in Path("kernels").glob("_C-torch*.so"):
+            stale.unlink()
+        super().copy_extensions_to_source()
+
+
+def native_extension() -> list[CppExtension]:
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        print(
+            f"leangpt: no C++ compiler ({compiler!r} not found): installing without the native extension; ops run on"
+            " PyTorch's own. Install g++ or clang and run the installation again to get it.",
+            file=sys.stderr,
+        )
+        return []
+    return [
+        CppExtension(
+            "leangpt.kernels._C",
+            sorted(["csrc/bindings.cpp", *glob("csrc/cpu/*.cpp")]),
+            depends=glob("csrc/**/*.h", recursive=True),
+            py_limited_api=True,  # no libtorch_python: the library knows nothing of Python
+            extra_compile_args=["-O3", "-g0"],  # torch adds the -std that its headers need
+        )
+    ]
+
+
+setup(
+    packages=[
+        "leangpt",
+        *(f"leangpt.{name}" for name in find_packages("engine")),
+        "leangpt.kernels",
+    ],
+    package_dir={"leangpt": "engine", "leangpt.kernels": "kernels"},
+    package_data={"leangpt": ["py.typed"]},
+    ext_modules=native_extension(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

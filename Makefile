@@ -7,7 +7,10 @@ TORCH  ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 BIN       := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-export PYTHONSAFEPATH = 1   # keep ./kernels off sys.path: Hugging Face's `kernels` has the same name
+# keep ./kernels off sys.path: Hugging Face's package `kernels` has the same name
+export PYTHONSAFEPATH = 1
+# ninja, for the extension
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test build bench lint format types clean
 

@@ -14,7 +14,8 @@ from .config import GPTConfig, RopeScaling
 def inverse_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
     """`(D/2,)` float32, radians per position of each pair, and the factor on cos and sin (1 but for yarn)."""
     dim = config.head_size
-    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    periods = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequencies = 1.0 / periods
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies, 1.0
@@ -27,7 +28,7 @@ def inverse_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
             magnitude = scaling.attention_factor
             if magnitude is None:
                 magnitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-            return _yarn(frequencies, scaling, dim, config.rope_theta), magnitude
+            return _yarn(periods, scaling, config.rope_theta), magnitude
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -42,8 +43,9 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(turns > scaling.high_freq_factor, frequencies, result)
 
 
-def _yarn(frequencies: Tensor, scaling: RopeScaling, dim: int, theta: float) -> Tensor:
+def _yarn(periods: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     """A ramp over the pairs: those that turn often are kept, those that turn less than once are stretched."""
+    dim = 2 * len(periods)
 
     def pair_that_turns(times: float) -> float:
         circle = times * 2 * math.pi
@@ -52,8 +54,8 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, dim: int, theta: float) -> 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
-    stretch = ramp.clamp(0, 1)
-    return frequencies / scaling.factor * stretch + frequencies * (1 - stretch)
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:

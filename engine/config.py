@@ -13,6 +13,7 @@ Norm = Literal["layer_norm", "rms_norm"]
 Position = Literal["learned", "rotary"]
 Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu"]
 Schedule = Literal["cosine", "wsd", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def _check(ok: bool, message: str) -> None:
@@ -154,7 +155,7 @@ _LLAMA: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # for CPUs; training sets vocab_size to that of the data's tokenizer
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "max_seq_len": 128, **_LLAMA},
-    "mini": {"n_layer": 4, "n_head": 4, "n_embd": 256, "max_seq_len": 256, **_LLAMA},
+    "mini": {"n_layer": 4, "n_head": 6, "n_embd": 192, "max_seq_len": 256, **_LLAMA},
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256, **_LLAMA},
     "gpt2": {},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -183,6 +184,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_positive(self, "max_new_tokens", "top_k", "repetition_penalty", "n")
+        for name in ("temperature", "repetition_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _check(math.isfinite(value), f"{name} must be finite, got {value}")
         _check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         _check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
         _check(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
@@ -214,40 +218,36 @@ class TrainConfig:
     batch_size: int = 16  # sequences a step, over all processes
     micro_batch_size: int | None = None  # sequences a forward pass; None: all that this process has
     seq_len: int | None = None  # None: max_seq_len of the model
-    max_steps: int = 2000
+    max_steps: int = 2000  # the whole run's; the schedule ends there
     max_minutes: float | None = None  # stop early on the clock, which resuming does not reset
     target_loss: float | None = None  # stop once the validation loss (nats per token) is this low
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # the highest
     min_learning_rate: float | None = None  # cosine, wsd: the last step's; None: a tenth
-    warmup_steps: int = 100
-    schedule: Schedule = "cosine"
+    warmup_steps: int = 100  # in which the rate rises from zero
+    schedule: Schedule = "cosine"  # of the rate; wsd: warm-up, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps in which the rate falls
     weight_decay: float = 0.1  # of matrices, the token table too; not norms, biases, positions
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # AdamW's decay of the mean of gradients
+    beta2: float = 0.95  # AdamW's decay of the mean of their squares
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
 
-    eval_every: int = 250
+    eval_every: int = 250  # steps
     eval_batches: int = 16  # batches of the fixed validation set
-    sample_every: int = 500  # 0: no samples in the log
-    sample_prompt: str = ""
-    sample_tokens: int = 96
-    checkpoint_every: int = 500
+    sample_every: int = 500  # steps; 0: no samples in the log
+    sample_prompt: str = ""  # what samples begin with
+    sample_tokens: int = 96  # length of a sample
+    checkpoint_every: int = 500  # steps; every best evaluation is kept too
     keep_last: int = 2  # checkpoints kept besides the best
-    spike_factor: float = (
-        3.0  # a gradient norm this many times its running mean skips the step; 0: never
-    )
+    spike_factor: float = 3.0  # skip steps of gradient norms this many times the mean; 0: none
     max_skipped: int = 20  # skipped steps in a row that end the run
 
-    seed: int = 1337
-    device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # auto: bfloat16 where the hardware multiplies it
-    )
+    seed: int = 1337  # of new weights, of the order of the data, of dropout, of samples
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto: cuda where there is one
+    dtype: Precision = "auto"  # of matrix products; auto: bfloat16 where the hardware multiplies it
     compile: bool = False  # torch.compile the model
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    tensorboard: bool = True  # log for TensorBoard too
+    wandb_project: str | None = None  # log to this project of Weights & Biases too
     progress: bool = True  # progress bar, validation losses and samples on the terminal
 
     def __post_init__(self) -> None:
@@ -255,7 +255,7 @@ class TrainConfig:
         _check_positive(self, "batch_size", "micro_batch_size", "seq_len", "max_steps")
         _check_positive(self, "max_minutes", "learning_rate", "eval_every", "eval_batches")
         _check_positive(self, "checkpoint_every", "keep_last", "max_skipped", "sample_tokens")
-        _check_choice("dtype", self.dtype, Literal["auto", "float32", "bfloat16"])
+        _check_choice("dtype", self.dtype, Precision)
         for name in ("warmup_steps", "sample_every", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must not be negative, got {value}")

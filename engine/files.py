@@ -43,8 +43,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     A folder that stands at `path` already is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_kill(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -61,6 +61,28 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clean_up_after_kill(path: Path) -> None:
+    """Put back a folder that a killed process had moved aside but not replaced, and delete what it left half written."""
+    for replaced in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(path)
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        if not _is_running(int(temporary.suffixes[-2][1:])):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return process != os.getpid()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,8 @@ text is drawn; a decoder plugs its key/value cache in through `attend`.
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +149,8 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> Self:
+    @staticmethod
+    def from_pretrained(name: str | Path, **options: Any) -> "GPT":
         """Load a model: see `leangpt.pretrained.load_model`."""
         from .pretrained import load_model
 

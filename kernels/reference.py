@@ -164,6 +164,8 @@ def sample(
     position: Tensor,
 ) -> Tensor:
     is_greedy = temperature == 0
+    if bool(is_greedy.all()):
+        return logits.argmax(-1)
     scaled = logits.double() / torch.where(is_greedy, 1.0, temperature.double())[:, None]
 
     # each filter keeps what reaches a threshold, ties included, so that nothing depends on an order among equals

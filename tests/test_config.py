@@ -61,6 +61,7 @@ def test_model_config_round_trips_through_a_dict():
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be finite, got inf"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": 0}, "top_k must be positive"),
         ({"min_p": 2.0}, r"min_p must be in \[0, 1\]"),

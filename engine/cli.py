@@ -88,7 +88,9 @@ def _train(argv: Sequence[str]) -> None:
             break
     default = TrainConfig(arch=GPTConfig.preset(preset))
     description = f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*"
-    train(_parse(TrainConfig, "train", rest, default=default, description=description))
+    summary = train(_parse(TrainConfig, "train", rest, default=default, description=description))
+    if summary.reason == "interrupted":
+        raise KeyboardInterrupt
 
 
 def _read_prompts(options: Generate) -> list[str]:

@@ -1,0 +1,83 @@
+"""`leangpt demo`: train a small GPT on the sources of Python's standard library and generate from it.
+
+Every step is one that a user could take with `leangpt prepare`, `train` and `generate`; what is done is not done again.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .config import GPTConfig, SamplingParams, TrainConfig
+from .data.batches import Batches, TokenDataset
+from .data.prepare import PrepareConfig, prepare
+from .generator import Generator
+from .machine import default_device
+from .model import GPT
+from .training import train
+from .training.checkpoint import load_config
+
+PROMPTS = ("def ", "class ", "import ")
+
+
+def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
+    return TrainConfig(
+        data=data,
+        out=out,
+        arch=GPTConfig.preset("mini"),
+        batch_size=8,
+        learning_rate=2e-3,
+        min_learning_rate=1e-4,
+        warmup_steps=50,
+        max_minutes=1.5 * minutes,  # should the machine get slower meanwhile
+        eval_every=100,
+        eval_batches=8,
+        sample_every=0,
+        checkpoint_every=200,
+    )
+
+
+def measured_step_seconds(config: TrainConfig) -> float:
+    """Seconds that a training step takes on this machine, without the optimizer."""
+    data = TokenDataset(config.data, "train")
+    arch = dataclasses.replace(config.arch, vocab_size=data.vocab_size)
+    model = GPT(arch).to(default_device())
+    batches = Batches(data, config.batch_size, arch.max_seq_len, config.seed)
+    start = 0.0
+    for step in range(6):
+        if step == 2:  # the first ones warm up
+            start = time.perf_counter()
+        tokens, targets = (t.to(model.device) for t in batches.next())
+        model(tokens, targets).backward()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 4
+
+
+def run_demo(out: Path, minutes: float) -> None:
+    """Prepare the default corpus, train for about `minutes`, print samples and where the loss curve is."""
+    prepared = PrepareConfig(vocab_size=1024)  # a small model is better off with few tokens
+    prepare(prepared)
+    config = demo_config(out, prepared.out, minutes)
+    if (out / "train.json").exists():
+        config = dataclasses.replace(load_config(out), resume=True)
+    else:
+        # the schedule counts steps, so that a run resumes exactly: the clock is read once, before it
+        steps = int(minutes * 60 / measured_step_seconds(config))
+        config = dataclasses.replace(config, max_steps=max(100, min(steps, 20_000)))
+    summary = train(config)
+    if summary.reason == "interrupted":
+        print("go on with: leangpt demo", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    generator = Generator.from_pretrained(str(out))
+    sampling = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.95, seed=0)
+    for completion in generator.generate(list(PROMPTS), sampling):
+        print(f"\n--- sample {completion.prompt_index + 1}")
+        print(PROMPTS[completion.prompt_index] + completion.text)
+    if summary.bits_per_byte is not None:
+        print(f"\nvalidation: {summary.bits_per_byte:.3f} bits per byte")
+    print(f"loss curve: {summary.loss_curve}")
+    print(f"next: leangpt generate 'def main' --model {out} --stream")

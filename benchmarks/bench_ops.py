@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from harness import ceilings, environment, print_json, print_table, synchronize
+from torch import Tensor
+
 from leangpt import machine
 from leangpt.kernels import ops, use_backend
-from torch import Tensor
 
 DEVICE = machine.default_device()
 DTYPES = [torch.float32, *([torch.bfloat16] if machine.multiplies_bf16(DEVICE) else [])]
@@ -149,9 +150,7 @@ def check(case: Case, backend: str, dtype: torch.dtype, backward: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.shape}")
-def test_op(
-    benchmark: Any, case: Case, backend: str, dtype: torch.dtype, backward: bool
-) -> None:
+def test_op(benchmark: Any, case: Case, backend: str, dtype: torch.dtype, backward: bool) -> None:
     if backward and not case.is_differentiable:
         pytest.skip("not differentiable")
     tensors = case.tensors(dtype)
@@ -194,7 +193,9 @@ def _bytes(case: Case, tensors: list[Tensor]) -> int:
 def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a measurement; `vs reference` is how many times faster than the reference in the same group."""
     reference = {
-        r["group"]: r["stats"]["median"] for r in results if r["extra_info"]["backend"] == "reference"
+        r["group"]: r["stats"]["median"]
+        for r in results
+        if r["extra_info"]["backend"] == "reference"
     }
     rows = []
     for result in results:
@@ -218,8 +219,19 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
-        options = ["-q", "--no-header", "--no-summary", "--benchmark-quiet", "--import-mode=importlib"]
-        options += ["-p", "no:cacheprovider", f"--benchmark-json={output}", "--benchmark-min-rounds=1"]
+        options = [
+            "-q",
+            "--no-header",
+            "--no-summary",
+            "--benchmark-quiet",
+            "--import-mode=importlib",
+        ]
+        options += [
+            "-p",
+            "no:cacheprovider",
+            f"--benchmark-json={output}",
+            "--benchmark-min-rounds=1",
+        ]
         status = pytest.main([__file__, *options, "-o", "addopts=", *arguments])
         if not output.exists():
             return int(status)

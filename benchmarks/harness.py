@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from leangpt import machine
 from leangpt.kernels.native import cpu_isa
 
@@ -71,7 +72,11 @@ def ceilings(device: str) -> dict[str, float]:
 def environment(device: str) -> dict[str, Any]:
     """Where and when a result was measured."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny tensors: threads would only wait for each other
 _TIKTOKEN_CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
 if _TIKTOKEN_CACHE.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(_TIKTOKEN_CACHE))

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from leangpt.files import atomic_directory, atomic_write, read_json, write_json
 
 

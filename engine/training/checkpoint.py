@@ -142,7 +142,9 @@ def begin_session(config: TrainConfig, manifest: dict[str, Any], state: TrainSta
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in config.out.glob(".*.tmp"):
         leftover.unlink()
-    (config.out / "summary.json").unlink(missing_ok=True)  # of a session before, which was not the last
+    (config.out / "summary.json").unlink(
+        missing_ok=True
+    )  # of a session before, which was not the last
     _write_best(config.out, state)
     return run_id
 

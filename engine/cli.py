@@ -95,14 +95,21 @@ def _train(argv: Sequence[str]) -> None:
 
 def _read_prompts(options: Generate) -> list[str]:
     if options.file is not None:
-        text = options.file.read_text(encoding="utf-8")
+        text = _decode(options.file.read_bytes(), str(options.file))
     elif options.prompt not in (None, "-"):
         return [options.prompt]
     elif options.prompt == "-" or not sys.stdin.isatty():
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = _decode(sys.stdin.buffer.read(), "standard input")
     else:
         text = ""
     return text.splitlines() if options.each_line else [text]
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 at byte {error.start} ({error.reason})") from error
 
 
 def _print_completion(completion: Any, options: Generate, prompts: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from leangpt.kernels import ops
+from leangpt.kernels import log_backend, ops
 
 from .config import GPTConfig
 from .kv_cache import KVCache
@@ -88,6 +88,7 @@ class TorchDecoder:
     """
 
     def __init__(self, model: GPT) -> None:
+        log_backend(model.device.type)
         self.model = model
         self.cache = KVCache(model.config, model.wte.weight.dtype, model.device)
         self._slots: dict[int, int] = {}  # by sequence; a number is never used twice

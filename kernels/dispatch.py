@@ -10,6 +10,8 @@ A backend is a module with one function an op, all of the same signature:
 guard on (a ContextVar breaks the graph).
 """
 
+import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,3 +93,12 @@ def describe_backends(device: str) -> dict[Backend, str]:
     )
     triton_state = f"{len(TRITON_OPS)} ops" if device in triton_devices else f"not on {device}"
     return {"native": native_state, "triton": triton_state, "reference": "all ops, on PyTorch"}
+
+
+@functools.cache
+def log_backend(device: str) -> None:
+    """Log once, where a GPU is there, that its kernels are not: everything runs on PyTorch's ops."""
+    if device == "cuda" and not TRITON_OPS:
+        logging.getLogger("leangpt").warning(
+            "no Triton kernels yet: all ops run on the PyTorch reference"
+        )

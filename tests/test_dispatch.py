@@ -91,6 +91,15 @@ def test_description_names_every_backend():
     assert list(describe_backends("cpu")) == ["native", "triton", "reference"]
 
 
+def test_a_gpu_without_kernels_is_logged_once(caplog):
+    dispatch.log_backend.cache_clear()
+    for device in ("cpu", "cuda", "cuda"):
+        dispatch.log_backend(device)
+    assert [r.message for r in caplog.records] == [
+        "no Triton kernels yet: all ops run on the PyTorch reference"
+    ]
+
+
 def test_compiles_whole():
     compiled = torch.compile(ops.rms_norm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X, W), ops.rms_norm(X, W))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from leangpt.kernels import log_backend
+
 from .. import __version__
 from ..config import GPTConfig, SamplingParams, TrainConfig
 from ..data.batches import Batches, TokenDataset, evaluation_batches
@@ -71,6 +73,7 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
     if reason is not None and (config.out / "summary.json").exists():
         return conclude(config, group, read_summary(config.out))
 
+    log_backend(group.device.type)
     dtype = compute_dtype(config, group.device)
     environment = describe_environment(group, dtype)
     torch.manual_seed(config.seed)

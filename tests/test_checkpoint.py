@@ -151,6 +151,21 @@ def test_after_damage_the_one_before_is_taken(data, tmp_path, damage):
     assert (summary.last_checkpoint / "model.safetensors").read_bytes() == weights
 
 
+def test_a_damaged_best_checkpoint_is_no_longer_the_best(data, tmp_path, monkeypatch):
+    config = tiny_config(data, tmp_path / "run", resume=True)
+    flip_a_bit(train(config).best_checkpoint / "model.safetensors")
+    (config.out / "summary.json").unlink()
+    assert json.loads((config.out / "best.json").read_text())["step"] == 20
+
+    def die(*args):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(leangpt.training.loop, "seed_step", die)
+    with pytest.warns(UserWarning, match="step-00000015"), pytest.raises(RuntimeError):
+        train(config)
+    assert json.loads((config.out / "best.json").read_text())["step"] == 10
+
+
 def test_without_any_whole_checkpoint_the_error_names_them(data, tmp_path):
     config = tiny_config(data, tmp_path / "run")
     train(config)

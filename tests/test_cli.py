@@ -152,7 +152,7 @@ def test_demo_trains_once_and_shows_samples(monkeypatch, tmp_path, capsys):
         return TrainConfig(
             data=data,
             out=out,
-            arch=TINY,
+            arch=dataclasses.replace(TINY, max_seq_len=128),
             batch_size=2,
             eval_batches=1,
             tensorboard=False,

@@ -365,7 +365,10 @@ def test_rope_of_both_major_versions(spelling, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
-        ({"use_sliding_window": False, "sliding_window": 5}, None),
+        (
+            {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0},
+            None,
+        ),
         ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, None),
         ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
         ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
@@ -404,6 +407,21 @@ def test_options_that_a_config_leaves_out_are_those_of_transformers(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     bare = {key: values[key] for key in kept}
     (tmp_path / "config.json").write_text(json.dumps({**bare, "model_type": "llama"}))
+    assert_same_logits(logits(tmp_path), their_logits(tmp_path))
+
+
+def test_yarn_without_an_original_length_takes_that_of_the_model(tmp_path):
+    save_pretrained(random_model(LLAMA), tmp_path)
+    edit_config(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0})
+    scaling = load_model(tmp_path).config.rope_scaling
+    assert scaling == RopeScaling("yarn", 4.0, original_max_seq_len=24, beta_fast=2.0)
+    assert_same_logits(logits(tmp_path), their_logits(tmp_path))
+
+
+def test_head_dim_that_qwen3_leaves_out_is_128(tmp_path):
+    save_pretrained(random_model(dataclasses.replace(LLAMA, qk_norm=True, head_dim=128)), tmp_path)
+    edit_config(tmp_path, head_dim=...)
+    assert load_model(tmp_path).config.head_dim == 128
     assert_same_logits(logits(tmp_path), their_logits(tmp_path))
 
 

@@ -175,9 +175,10 @@ def test_an_earlier_session_does_not_speak_for_the_run(data, tmp_path, monkeypat
     def die(*args):
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(leangpt.training.loop, "plot_losses", die)
-        train(config)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
     summary = train(config)
     assert (summary.reason, summary.steps) == ("max_steps", 20)
 

@@ -72,7 +72,8 @@ def _raise(error: OSError) -> None:
 
 def _standard_library() -> list[Path]:
     folder = Path(sysconfig.get_path("stdlib"))
-    skip = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages"))
+    # encodings: a tenth of the text, tables of character names
+    skip = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"))
     files = [path for path in _walk(folder, skip) if path.suffix == ".py"]
     if not files:
         raise FileNotFoundError(f"{folder}: the standard library has no sources here; name inputs")

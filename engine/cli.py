@@ -199,10 +199,9 @@ def _export(argv: Sequence[str]) -> None:
     from .pretrained import load_model, resolve_model, save_pretrained
 
     options = _parse(Export, "export", argv)
-    folder = resolve_model(options.model)
-    save_pretrained(
-        load_model(str(folder)), options.out, load_tokenizer(folder), format=options.format
-    )
+    path = resolve_model(options.model)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    save_pretrained(load_model(path), options.out, tokenizer, format=options.format)
     print(f"wrote {options.out}")
 
 

@@ -73,8 +73,11 @@ def run_demo(out: Path, minutes: float) -> None:
         raise KeyboardInterrupt
 
     generator = Generator.from_pretrained(str(out))
-    sampling = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.95, seed=0)
-    for completion in generator.generate(list(PROMPTS), sampling):
+    samples = [
+        SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.95, seed=seed)
+        for seed in range(len(PROMPTS))
+    ]
+    for completion in generator.generate(list(PROMPTS), samples):
         print(f"\n--- sample {completion.prompt_index + 1}")
         print(PROMPTS[completion.prompt_index] + completion.text)
     if summary.bits_per_byte is not None:

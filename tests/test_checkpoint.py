@@ -106,7 +106,7 @@ def test_another_environment_warns(data, tmp_path, monkeypatch):
     config = tiny_config(data, tmp_path / "run", max_minutes=1e-6, max_steps=2)
     train(config)
     monkeypatch.setattr(leangpt.training.loop, "__version__", "9.9")
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.warns(UserWarning, match=r"leangpt .* -> 9\.9, threads 1 -> 2\): results may"):
         train(dataclasses.replace(config, resume=True, max_minutes=None))
 

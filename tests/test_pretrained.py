@@ -107,6 +107,7 @@ NATIVE_ONLY = {
     "bias=True": dataclasses.replace(LLAMA, bias=True, qk_norm=True),
     "qkv_bias=True": dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True),
     "sliding_window=5": dataclasses.replace(LLAMA, bias=True, sliding_window=5),
+    "head_dim=8": dataclasses.replace(LLAMA, bias=True, n_embd=22),
     "position='rotary'": dataclasses.replace(GPT2, position="rotary"),
     "activation='swiglu'": dataclasses.replace(GPT2, activation="swiglu"),
     "n_kv_head=1": dataclasses.replace(GPT2, n_kv_head=1),

@@ -214,7 +214,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | No
     if config.model is None:
         return GPT(dataclasses.replace(config.arch, vocab_size=tokenizer.vocab_size))
     model = load_model(config.model)
-    if model.config.vocab_size != tokenizer.vocab_size:
+    if model.config.vocab_size < tokenizer.vocab_size:  # more is padding of the model's
         raise ValueError(
             f"the tokenizer of {config.data} has {tokenizer.vocab_size} tokens, {config.model} has {model.config.vocab_size}: "
             "prepare the data with the model's own, `leangpt prepare --tokenizer FOLDER`"

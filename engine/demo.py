@@ -20,7 +20,7 @@ from .model import GPT
 from .training import train
 from .training.checkpoint import load_config
 
-PROMPTS = ("def ", "class ", "import ")
+PROMPTS = ("def __init__(self", "class Error", "import os")
 
 
 def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:

@@ -163,7 +163,7 @@ def test_demo_trains_once_and_shows_samples(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "demo_config", config)
     assert cli.main(["demo", "--minutes", "0.001"]) == 0
     first = capsys.readouterr().out
-    assert "bits per byte" in first and "loss.png" in first and "--- sample 3\nimport " in first
+    assert "bits per byte" in first and "loss.png" in first and "--- sample 3\nimport os" in first
     written = (tmp_path / "runs/demo/log.jsonl").read_bytes()
     assert cli.main(["demo"]) == 0
     assert capsys.readouterr().out == first

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -97,25 +98,44 @@ def test_a_batch_that_does_not_divide_is_refused(data, tmp_path):
 
 
 def test_torchrun_trains_on_the_command_line(data, tmp_path):
-    """One process writes and prints."""
+    """One process writes and prints; Ctrl-C, which a terminal sends to all of them, saves; resumed, it comes to the end."""
+    log = tmp_path / "run/log.jsonl"
     options = {
         "--data": data, "--out": tmp_path / "run", "--arch.n-layer": 1, "--arch.n-embd": 16, "--arch.n-head": 2,
-        "--arch.max-seq-len": 32, "--batch-size": 4, "--max-steps": 6, "--warmup-steps": 2, "--device": "cpu",
-        "--dtype": "float32", "--sample-tokens": 8, "--sample-every": 6,
+        "--arch.max-seq-len": 32, "--batch-size": 4, "--schedule": "constant", "--warmup-steps": 2, "--device": "cpu",
+        "--dtype": "float32", "--eval-every": 10**6, "--sample-tokens": 8, "--sample-every": 10**6,
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "leangpt.train"]
-    command += [str(word) for option in options.items() for word in option]
-    run = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.count("stopped by       max_steps") == 1
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-port", str(free_port()), "-m", "leangpt.train", *more]
+        command += [str(word) for option in options.items() for word in option]
+        return subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    run = start("--max-steps", "1000000")
+    try:
+        while run.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 5):
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+        assert errors.count("stopped by       interrupted") == 1, errors
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        steps = summary["steps"]
+        assert steps > 5 and summary["last_checkpoint"].endswith(f"step-{steps:08d}")
+
+        options["--sample-every"] = steps + 6
+        run = start("--resume", "--max-steps", str(steps + 6))
+        _, errors = run.communicate(timeout=100)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors
+    assert errors.count("stopped by       max_steps") == 1
     events = [line["event"] for line in content(tmp_path / "run")["log"]]
-    assert events == ["step"] * 6 + ["eval", "sample"]
+    assert events == ["step"] * (steps + 6) + ["eval", "sample"]

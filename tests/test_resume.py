@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from train_helpers import (
     without_measuring,
 )
 
+import leangpt.training.interrupt
 import leangpt.training.loop
 from leangpt import TrainConfig
 from leangpt.training import train
@@ -123,14 +125,26 @@ def test_the_command_to_resume_is_printed(data, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_ends_it_at_once(data, tmp_path, monkeypatch):
-    def twice(*args):
+def signal_twice(*args):
+    for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
 
-    monkeypatch.setattr(leangpt.training.loop, "seed_step", twice)
+
+def test_a_later_second_signal_ends_it_at_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(leangpt.training.interrupt, "SAME_WISH_SECONDS", 0.001)
+    monkeypatch.setattr(leangpt.training.loop, "seed_step", signal_twice)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(data, tmp_path / "run"))
+
+
+def test_the_same_ctrl_c_may_come_twice(data, tmp_path, monkeypatch):
+    """From the terminal, and passed on by torchrun."""
+    monkeypatch.setattr(leangpt.training.interrupt, "SAME_WISH_SECONDS", 1000.0)
+    monkeypatch.setattr(leangpt.training.loop, "seed_step", signal_twice)
+    summary = train(tiny_config(data, tmp_path / "run"))
+    assert (summary.reason, summary.steps) == ("interrupted", 1)
+    assert summary.last_checkpoint.exists()
 
 
 def test_a_run_is_not_overwritten(data, tmp_path):

@@ -14,6 +14,7 @@ import leangpt.training.loop
 import leangpt.training.optimizer
 from leangpt import GPT, TrainConfig
 from leangpt.data.batches import Batches, TokenDataset, evaluation_batches
+from leangpt.demo import measured_step_seconds
 from leangpt.pretrained import load_model, save_pretrained
 from leangpt.training import TrainingError, train
 from leangpt.training.distributed import Group
@@ -246,6 +247,26 @@ def test_dtype_follows_the_hardware(monkeypatch):
         assert compute_dtype(config, cpu) == dtype
         assert compute_dtype(dataclasses.replace(config, dtype="float32"), cpu) == torch.float32
         assert compute_dtype(dataclasses.replace(config, dtype="bfloat16"), cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_the_demo_measures_steps_of_the_dtype_that_it_trains_in(
+    data, tmp_path, monkeypatch, has_bf16
+):
+    monkeypatch.setattr(leangpt.training.loop, "multiplies_bf16", lambda device: has_bf16)
+    seen = set()
+
+    def forward(self, *args):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return original(self, *args)
+
+    original = GPT.forward
+    monkeypatch.setattr(GPT, "forward", forward)
+    config = tiny_config(data, tmp_path / "run", dtype="auto", max_steps=1, eval_every=10)
+    assert measured_step_seconds(config) > 0
+    assert seen == {has_bf16}
+    train(config)
+    assert seen == {has_bf16}
 
 
 def test_bfloat16_trains_in_autocast_with_float32_weights(data, tmp_path):

@@ -86,7 +86,7 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
     batches = Batches(train_data, config.batch_size, seq_len, config.seed, group.rank, group.size)
     batches.cursor = state.cursor
     parallel_model = group.parallel(torch.compile(model) if config.compile else model)
-    autocast = torch.autocast(group.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_of(config, group.device)
 
     group.wait()  # until every process has looked into `out`, before one writes
     run_id = begin_session(config, train_data.manifest, state) if group.is_main else ""
@@ -190,6 +190,12 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if multiplies_bf16(device.type) else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def autocast_of(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The context in which a pass computes its products in `compute_dtype`."""
+    is_bf16 = compute_dtype(config, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
 
 
 def describe_environment(group: Group, dtype: torch.dtype) -> dict[str, Any]:

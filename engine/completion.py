@@ -1,5 +1,6 @@
 """A completion: what was asked for (`Request`), what is being drawn (`Draft`), and what the user gets (`Completion`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from .config import SamplingParams
 from .data.text import Detokenizer
 from .data.tokenizer import Tokenizer
+from .sampling import Draw, RowSampling
 from .stop import StopText
 
 FinishReason = Literal["stop", "length"]
@@ -41,21 +43,13 @@ class Request:
     params: SamplingParams
     seed: int
     max_new_tokens: int
+    vocab_limit: int  # tokens from here on have no text, and are never drawn
     tokenizer: Tokenizer | None
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
         ends = () if self.tokenizer is None or self.params.ignore_eos else self.tokenizer.eos_ids
         return frozenset((*self.params.stop_token_ids, *ends))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One drawn token."""
-
-    token: int
-    logprob: float | None
-    top_logprobs: dict[int, float] | None
 
 
 class Draft:
@@ -65,10 +59,9 @@ class Draft:
         self.request = request
         self.index = index
         self.tokens = list(request.tokens)  # of the prompt, then drawn
-        self.new_text = ""  # that the last token made certain
+        self.pieces: list[str] = []  # of the text that is certain
         self.finish_reason: FinishReason | None = None
         self._draws: list[Draw] = []
-        self._pieces: list[str] = []
         tokenizer = request.tokenizer
         self._detokenizer: Detokenizer | None = tokenizer.detokenizer() if tokenizer else None
         self._stop_text = StopText(request.params.stop)
@@ -77,19 +70,45 @@ class Draft:
     def drawn(self) -> list[int]:
         return self.tokens[len(self.request.tokens) :]
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.request.max_new_tokens - len(self._draws)
+
+    def sampling(self, guesses: Sequence[int] = ()) -> RowSampling:
+        """How the next token is drawn; with guesses, the one after these."""
+        params = self.request.params
+        is_penalized = params.repetition_penalty != 1
+        return RowSampling(
+            temperature=params.temperature,
+            top_k=params.top_k or 0,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=self.request.seed,
+            sample_index=self.index,
+            position=len(self.tokens) + len(guesses),
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            context=[*self.tokens, *guesses] if is_penalized else (),
+            text=[*self.drawn, *guesses] if params.presence_penalty != 0 else (),
+            vocab_limit=self.request.vocab_limit,
+            logprobs=params.logprobs,
+        )
+
     def append(self, draw: Draw) -> None:
         """Take the next token, and decide whether it is the last."""
         self.tokens.append(draw.token)
         self._draws.append(draw)
         is_stop_token = draw.token in self.request.stop_token_ids
-        self.new_text = "" if is_stop_token else self._push(draw.token)
+        text = "" if is_stop_token else self._push(draw.token)
         if is_stop_token or self._stop_text.is_stopped:
             self.finish_reason = "stop"
-        elif len(self._draws) == self.request.max_new_tokens:
+        elif not self.num_left:
             self.finish_reason = "length"
         if self.finish_reason:
-            self.new_text += self._flush()
-        self._pieces.append(self.new_text)
+            text += self._flush()
+        if text:
+            self.pieces.append(text)
 
     def _push(self, token: int) -> str:
         return self._stop_text.push(self._detokenizer.push(token)) if self._detokenizer else ""
@@ -106,7 +125,7 @@ class Draft:
         top_logprobs = [draw.top_logprobs for draw in self._draws if draw.top_logprobs is not None]
         wanted = self.request.params.logprobs
         return Completion(
-            text="".join(self._pieces),
+            text="".join(self.pieces),
             token_ids=self.drawn,
             logprobs=None if wanted is None else logprobs,
             finish_reason=self.finish_reason,

@@ -1,121 +1,147 @@
 """`Generator`: text from a model. It completes and streams prompts, scores texts, ranks candidates, and chats.
 
-It stands on any `Decoder`. What it gives depends on the prompt, the parameters and the seed alone, neither on the other
-prompts of a call nor on their order (up to the rounding of the decoder, see there).
+It stands on any `Decoder`. What it gives depends on the prompt, the parameters and the seed alone, neither on what else is in
+work nor on the order (up to the rounding of the decoder, see there).
 """
 
-import math
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import islice, pairwise
-from numbers import Integral
-from typing import Any, Literal, Self, get_args
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+from tqdm import tqdm
 
+from .batcher import Batcher
 from .chat import ChatTemplate, Message
-from .completion import Completion, Request
+from .completion import Completion, Draft
 from .config import SamplingParams
-from .data.tokenizer import Tokenizer
-from .decoder import Decoder, TorchDecoder, prefill
-from .model import GPT
+from .data.tokenizer import Tokenizer, load_tokenizer
+from .decoder import Decoder
+from .decoder_choice import decoder_of, packed_file
+from .handle import Handle
+from .job import Computation, Generation
+from .prompt import Overflow, Prompt, PromptReader, as_list
 from .scheduler import Scheduler
+from .score import Ranked, Score, Scorer
 
-Prompt = str | Sequence[int]
-Overflow = Literal["error", "truncate"]
+if TYPE_CHECKING:  # a packed model runs without torch
+    import torch
+
+    from .model import GPT
 
 _DEFAULT_PARAMS = SamplingParams()
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a model thinks of a text."""
-
-    token_ids: list[int]
-    logprobs: list[float | None]  # in nats; None: nothing stands before the token
-
-    @property
-    def total_logprob(self) -> float:
-        return math.fsum(logprob for logprob in self.logprobs if logprob is not None)
-
-    @property
-    def perplexity(self) -> float:
-        """`exp` of the mean negative log-probability; NaN where no token has one."""
-        count = len(self.logprobs) - self.logprobs.count(None)
-        return math.exp(-self.total_logprob / count) if count else math.nan
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A candidate, and how probable it is after the context."""
-
-    candidate: Prompt
-    index: int  # place among the candidates
-    token_ids: list[int]
-    logprobs: list[float]  # of each token
-
-    @property
-    def total_logprob(self) -> float:
-        return math.fsum(self.logprobs)
-
-    @property
-    def mean_logprob(self) -> float:
-        """Log-probability a token: does not favour short candidates."""
-        return self.total_logprob / len(self.logprobs)
-
-
 class Generator:
-    """Generates with a model.
+    """Generates with a model, for any number of threads at once: all that is in work shares the steps of the decoder.
 
-    One thread at a time may use it; several open streams are fine.
+    It needs no closing; `close`, or a `with` block, ends what is in work.
 
     Args:
-        model: a `GPT`, used in its dtype and on its device; or a decoder.
+        model: a `GPT`, used on its device and in the dtype of its weights (see `decoder_of`); or a decoder, which nobody
+            else may use meanwhile.
         tokenizer: needed for text; without it, prompts are token ids and completions have no text.
         chat_template: needed for `chat`.
         max_batch_size: completions that are in work at a time; more take more memory.
         max_batch_tokens: tokens in one step of the model; longer prompts are read in pieces.
+        max_waiting: prompts that may wait for their start before `submit` blocks; those of one `generate` come in together.
+        speculate: guess up to this many tokens at a time from what the text has repeated, and check them in one step. The
+            text is the same, and comes sooner where it repeats itself or its prompt.
     """
 
     def __init__(
         self,
-        model: GPT | Decoder,
+        model: "GPT | Decoder",
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
         *,
         max_batch_size: int = 32,
         max_batch_tokens: int = 512,
+        max_waiting: int = 1024,
+        speculate: int = 0,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
             ("max_batch_tokens", max_batch_tokens),
+            ("max_waiting", max_waiting),
         ):
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self.decoder: Decoder = TorchDecoder(model) if isinstance(model, GPT) else model
+        if speculate < 0:
+            raise ValueError(f"speculate must be at least 0, got {speculate}")
+        self.decoder: Decoder = model if isinstance(model, Decoder) else decoder_of(model)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.max_batch_size = max_batch_size
-        self.max_batch_tokens = max_batch_tokens
+        scheduler = Scheduler(self.decoder, max_batch_size, max_batch_tokens, speculate)
+        self._budget = scheduler.budget
+        self._batcher = Batcher(scheduler, max_waiting)
+        self._reader = PromptReader(self.decoder.config, tokenizer)
+        self._scorer = Scorer(self.decoder, self._budget, max_batch_size, max_batch_tokens)
 
     @classmethod
     def from_pretrained(
         cls,
         name: str,
         *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
+        format: str | None = None,
+        dtype: "torch.dtype | str | None" = None,
+        device: "torch.device | str" = "cpu",
+        **options: Any,
     ) -> Self:
-        """Load a model with its tokenizer and chat template: `name` is a hub id, or a folder (see `resolve_model`)."""
-        from .data.tokenizer import load_tokenizer
-        from .pretrained import load_model, resolve_model
+        """Load a model with its tokenizer and chat template.
 
-        path = resolve_model(name)
-        model = load_model(path, dtype=dtype, device=device)
-        folder = path if path.is_dir() else path.parent
-        return cls(model, load_tokenizer(folder), ChatTemplate.load(folder))
+        Args:
+            name: a packed model (`*.leangpt`, or a folder with a model.leangpt), which is read without torch; else a hub
+                id or a folder, see `resolve_model`.
+            format: in which the native decoder holds the weights, such as "int8"; None: that of the packed file, or
+                `dtype`.
+            dtype, device: as of `load_model`, where the model is not packed.
+            options: of `Generator`.
+        """
+        packed = packed_file(name) if format is None and dtype is None else None
+        if packed is not None:
+            from .native_decoder import NativeDecoder  # type: ignore[import-not-found]
+
+            decoder: Decoder = NativeDecoder.from_packed(packed)
+            folder = packed.parent
+        else:
+            from .pretrained import load_model, resolve_model
+
+            path = resolve_model(name)
+            decoder = decoder_of(load_model(path, dtype=dtype, device=device), format)
+            folder = path if path.is_dir() else path.parent
+        return cls(decoder, load_tokenizer(folder), ChatTemplate.load(folder), **options)
+
+    def close(self) -> None:
+        """End all that is in work, in whatever thread, with an error."""
+        self._batcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = _DEFAULT_PARAMS,
+        *,
+        overflow: Overflow = "error",
+        timeout: float | None = None,
+    ) -> Handle:
+        """Put a prompt to work and return at once, with a handle from which its text comes.
+
+        Args:
+            prompt, params, overflow: as in `generate`.
+            timeout: seconds to wait for a place, where `max_waiting` prompts wait already; None: as long as it takes.
+
+        Raises:
+            TimeoutError: there was no place in time.
+            ValueError, TypeError: as `generate`.
+        """
+        [job] = self._generations([prompt], params, overflow)
+        self._batcher.submit([job], timeout)
+        return Handle(job, self._batcher)
 
     def generate(
         self,
@@ -124,6 +150,7 @@ class Generator:
         *,
         overflow: Overflow = "error",
         on_completion: Callable[[Completion], None] | None = None,
+        progress: bool = False,
     ) -> list[Completion]:
         """Complete one prompt or many.
 
@@ -133,6 +160,7 @@ class Generator:
             params: for all prompts, or one for each. With one seed for all, equal prompts give equal texts.
             overflow: a prompt that does not fit the context with max_new_tokens after it is an error, or loses its left.
             on_completion: called with each completion as soon as it is done, in any order.
+            progress: show on standard error how many are done.
 
         Returns:
             `params.n` completions for each prompt, in the order of the prompts.
@@ -141,17 +169,23 @@ class Generator:
             ValueError: a prompt is too long, empty without a token to start from, or has a token that the model does not.
             TypeError: a prompt is neither text nor token ids.
         """
-        requests = self._requests(prompts, params, overflow)
+        finished: SimpleQueue[Draft | BaseException] = SimpleQueue()
+        jobs = self._generations(as_list(prompts), params, overflow, finished.put)
         done: dict[tuple[int, int], Completion] = {}
-        with closing(self._scheduler(requests)) as scheduler:
-            while scheduler.has_work:
-                for draft in scheduler.step():
-                    if draft.finish_reason is None:
-                        continue
-                    completion = draft.completion()
-                    done[completion.prompt_index, completion.index] = completion
-                    if on_completion is not None:
-                        on_completion(completion)
+        num_completions = sum(job.request.params.n for job in jobs)
+        with (
+            self._batcher.running(jobs),
+            tqdm(total=num_completions, unit="text", disable=not progress) as bar,
+        ):
+            while len(done) < num_completions:
+                draft = finished.get()
+                if isinstance(draft, BaseException):
+                    raise draft
+                completion = draft.completion()
+                done[completion.prompt_index, completion.index] = completion
+                bar.update()
+                if on_completion is not None:
+                    on_completion(completion)
         return [done[key] for key in sorted(done)]
 
     def stream(
@@ -170,8 +204,8 @@ class Generator:
         """
         if params.n != 1:
             raise ValueError(f"a stream has one completion, got n={params.n}")
-        self._need_tokenizer("streaming text")
-        return self._stream(self._requests([prompt], params, overflow))
+        self._reader.need_tokenizer("streaming text")
+        return _pieces(self.submit(prompt, params, overflow=overflow))
 
     def chat(
         self,
@@ -213,19 +247,16 @@ class Generator:
         Raises:
             ValueError: a text is longer than the model's context, or has a token that the model does not.
         """
-        scores = []
-        parts = [self._encode(text) for text in _as_list(texts)]
+        parts = [self._reader.encode(text) for text in as_list(texts)]
         for i, tokens in enumerate(parts):
-            self._check_fits(f"text {i}", len(tokens))
-        for start in range(0, len(parts), self.max_batch_size):
-            batch = parts[start : start + self.max_batch_size]
-            with self._sequences() as sequences:
-                sequences += [self.decoder.add_sequence() for _ in batch]
-                known = self._logprobs([(s, 0, t) for s, t in zip(sequences, batch, strict=True)])
-            for tokens, logprobs in zip(batch, known, strict=True):
-                has_bos = self.tokenizer is not None and tokens[:1] == [self.tokenizer.bos_id]
-                first: list[float | None] = [] if has_bos or not tokens else [None]
-                scores.append(Score(tokens[1:] if has_bos else tokens, [*first, *logprobs]))
+            self._reader.check_fits(f"text {i}", len(tokens))
+        known: list[list[float]] = []
+        self._compute(self._scorer.texts(parts, known))
+        scores = []
+        for tokens, logprobs in zip(parts, known, strict=True):
+            has_bos = self.tokenizer is not None and tokens[:1] == [self.tokenizer.bos_id]
+            first: list[float | None] = [] if has_bos or not tokens else [None]
+            scores.append(Score(tokens[1:] if has_bos else tokens, [*first, *logprobs]))
         return scores
 
     def rank(self, context: Prompt, candidates: Sequence[Prompt]) -> list[Ranked]:
@@ -240,125 +271,41 @@ class Generator:
         Raises:
             ValueError: a candidate is empty, context and candidate do not fit the model, or as `generate`.
         """
-        prompt = self._prompt_tokens(context)
-        parts = [self._encode(candidate, with_bos=False) for candidate in candidates]
+        prompt = self._reader.prompt_tokens(context)
+        parts = [self._reader.encode(candidate, with_bos=False) for candidate in candidates]
         for i, tokens in enumerate(parts):
             if not tokens:
                 raise ValueError(f"candidate {i} is empty: it must have at least one token")
-            self._check_fits(f"the context with candidate {i}", len(prompt) + len(tokens))
+            self._reader.check_fits(f"the context with candidate {i}", len(prompt) + len(tokens))
         known: list[list[float]] = []
-        with self._sequences() as shared:
-            shared.append(self.decoder.add_sequence())
-            prefill(self.decoder, shared[0], prompt[:-1], self.max_batch_tokens)
-            for start in range(0, len(parts), self.max_batch_size):
-                batch = parts[start : start + self.max_batch_size]
-                with self._sequences() as forks:
-                    forks += [self.decoder.fork(shared[0]) for _ in batch]
-                    known += self._logprobs(
-                        [
-                            (fork, len(prompt) - 1, [prompt[-1], *tokens])
-                            for fork, tokens in zip(forks, batch, strict=True)
-                        ]
-                    )
+        self._compute(self._scorer.candidates(prompt, parts, known))
         ranked = [
             Ranked(candidate, i, parts[i], known[i]) for i, candidate in enumerate(candidates)
         ]
         return sorted(ranked, key=lambda r: -r.total_logprob)
 
-    @contextmanager
-    def _sequences(self) -> Iterator[list[int]]:
-        """A list whose sequences are dropped at the end."""
-        sequences: list[int] = []
-        try:
-            yield sequences
-        finally:
-            for sequence in sequences:
-                self.decoder.drop(sequence)
-
-    def _logprobs(self, parts: Sequence[tuple[int, int, list[int]]]) -> list[list[float]]:
-        """Log-probability of each token but the first, for some (sequence, position of the first token, tokens)."""
-        rows = [
-            (token, sequence, start + i, target)
-            for sequence, start, part in parts
-            for i, (token, target) in enumerate(pairwise(part))
-        ]
-        found: list[float] = []
-        for start in range(0, len(rows), self.max_batch_tokens):
-            batch = torch.tensor(rows[start : start + self.max_batch_tokens])
-            tokens, sequences, positions, targets = batch.unbind(1)
-            found += self.decoder.forward(
-                tokens, sequences, positions, torch.arange(len(batch)), "logprob_of", targets
-            ).tolist()
-        remaining = iter(found)
-        return [list(islice(remaining, max(0, len(part) - 1))) for _, _, part in parts]
-
-    def _scheduler(self, requests: Sequence[Request]) -> Scheduler:
-        scheduler = Scheduler(self.decoder, self.max_batch_size, self.max_batch_tokens)
-        for request in requests:
-            scheduler.add(request)
-        return scheduler
-
-    def _stream(self, requests: Sequence[Request]) -> Iterator[str]:
-        with closing(self._scheduler(requests)) as scheduler:
-            while scheduler.has_work:
-                for draft in scheduler.step():
-                    if draft.new_text:
-                        yield draft.new_text
-
-    def _requests(
+    def _generations(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
         overflow: Overflow,
-    ) -> list[Request]:
-        if overflow not in get_args(Overflow):
-            raise ValueError(f"overflow must be one of {get_args(Overflow)}, got {overflow!r}")
-        prompts = _as_list(prompts)
-        if isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"there must be one params for all, or {len(prompts)}: got {len(params)}"
-            )
-        return [
-            self._request(i, prompt, p, overflow)
-            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
-        ]
+        report: Callable[[Draft | BaseException], None] | None = None,
+    ) -> list[Generation]:
+        jobs = []
+        for request in self._reader.requests(prompts, params, overflow):
+            num_blocks = self._budget.blocks_of_prompt(request)
+            num_blocks += self._budget.blocks_of_draft(request)
+            self._budget.check(f"prompt {request.prompt_index}", num_blocks)
+            jobs.append(Generation(request, report))
+        return jobs
 
-    def _request(
-        self, index: int, prompt: Prompt, params: SamplingParams, overflow: Overflow
-    ) -> Request:
-        if params.stop:
-            self._need_tokenizer("a stop string")
-        self._check_tokens(params.stop_token_ids, "stop_token_ids")
-        tokens = self._prompt_tokens(prompt)
-        limit = self.decoder.config.max_seq_len
-        room = limit - (params.max_new_tokens or 1)
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens must be less than the model's context of {limit} tokens, got {params.max_new_tokens}"
-            )
-        if len(tokens) > room:
-            if overflow == "error":
-                raise ValueError(
-                    f"prompt {index} has {len(tokens)} tokens, and {params.max_new_tokens or 1} new ones do not fit after "
-                    f"it into the model's context of {limit}: lower max_new_tokens, shorten the prompt, or say "
-                    f"overflow='truncate' to lose its left"
-                )
-            has_bos = self.tokenizer is not None and tokens[0] == self.tokenizer.bos_id
-            kept = 1 if has_bos and room > 1 else 0
-            tokens = tokens[:kept] + tokens[kept - room :]
-        return Request(
-            prompt_index=index,
-            tokens=tokens,
-            params=params,
-            seed=secrets.randbits(53) if params.seed is None else params.seed,  # 53: exact in JSON
-            max_new_tokens=params.max_new_tokens or limit - len(tokens),
-            tokenizer=self.tokenizer,
-        )
+    def _compute(self, computation: Computation) -> None:
+        with self._batcher.running([computation]):
+            computation.wait()
+        computation.raise_error()
 
     def _conversation(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
-        tokenizer = self._need_tokenizer("chat")
+        tokenizer = self._reader.need_tokenizer("chat")
         if self.chat_template is None:
             raise ValueError(
                 "this model has no chat template (chat_template in tokenizer_config.json): "
@@ -366,61 +313,9 @@ class Generator:
             )
         return self.chat_template.encode(messages, tokenizer, **variables)
 
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt, at least one."""
-        tokens = self._encode(prompt)
-        if not tokens and self.tokenizer is not None:
-            start = (
-                self.tokenizer.bos_id
-                if self.tokenizer.bos_id is not None
-                else self.tokenizer.eos_id
-            )
-            tokens = [] if start is None else [start]
-        if not tokens:
-            raise ValueError(
-                "the prompt is empty, and there is no bos or end-of-text token to start from"
-            )
-        return tokens
 
-    def _encode(self, prompt: Prompt, with_bos: bool = True) -> list[int]:
-        if isinstance(prompt, str):
-            tokenizer = self._need_tokenizer("a text")
-            bos = [tokenizer.bos_id] if with_bos and tokenizer.bos_id is not None else []
-            tokens = bos + tokenizer.encode(prompt)
-        elif isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
-            tokens = [int(token) for token in prompt]
-        else:
-            raise TypeError(f"a prompt must be text or a list of token ids, got {prompt!r:.80}")
-        self._check_tokens(tokens, "the prompt")
-        return tokens
-
-    def _check_tokens(self, tokens: Sequence[int], name: str) -> None:
-        vocab_size = self.decoder.config.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{name}: token ids must be in [0, {vocab_size}), got {token}: is this the model's tokenizer?"
-                )
-
-    def _check_fits(self, name: str, length: int) -> None:
-        limit = self.decoder.config.max_seq_len
-        if length > limit:
-            raise ValueError(
-                f"{name} has {length} tokens, the model's context only {limit}: shorten it"
-            )
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"{what} needs a tokenizer: Generator(model, tokenizer)")
-        return self.tokenizer
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Tell one prompt from a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be text, token ids or a list of these, got {prompts!r:.80}")
-    if prompts and isinstance(prompts[0], Integral):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+def _pieces(handle: Handle) -> Iterator[str]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()

@@ -43,9 +43,15 @@ class KVCache:
         self.lengths[copy] = length
         return copy
 
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep only the first `length` of what a slot holds."""
+        for storage in self.keys + self.values:
+            storage[slot, length : self.lengths[slot]] = 0
+        self.lengths[slot] = length
+
     def free(self, slot: int) -> None:
         for storage in self.keys + self.values:
-            storage[slot] = 0
+            storage[slot] = 0  # all of it: a step that failed may have written beyond the length
         self.lengths[slot] = 0
         self._free.append(slot)
 

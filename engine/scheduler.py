@@ -1,106 +1,229 @@
 """Continuous batching: which drafts are in the decoder, and which tokens go into its next step.
 
-Drafts join as others finish. Each step takes all tokens that a draft's sequence does not hold yet: a piece of the prompt at
-first, then the one drawn last; decoding is nothing else. A prompt of several completions runs once, and they fork from it.
+Drafts join as others finish, in the order in which they came. Each step takes all tokens that a draft's sequence does not hold
+yet: a piece of the prompt at first, then the one drawn last, and guesses of what follows it; decoding is nothing else. A prompt
+of several completions runs once, and they fork from it.
 """
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 
-import torch
+from .budget import CacheBudget
+from .completion import Draft
+from .decoder import Decoder
+from .job import Generation
+from .sampling import Draw, RowSampling
+from .speculation import PromptLookup
 
-from .completion import Draft, Request
-from .decoder import Decoder, prefill
-from .sampling import draw
+
+@dataclass(eq=False)
+class _Growing:
+    """A sequence of the decoder, which holds the first `length` of `tokens`: those of a draft, or of a prompt to fork."""
+
+    job: Generation
+    sequence: int
+    tokens: Sequence[int]  # a draft's own list, which grows
+    length: int = 0
+    draft: Draft | None = None
+    lookup: PromptLookup | None = None
 
 
-class _Running:
-    """A draft and its sequence, which holds the first `length` of its tokens."""
+@dataclass(eq=False)
+class _Piece:
+    """What a sequence takes in a step."""
 
-    def __init__(self, draft: Draft, sequence: int, length: int) -> None:
-        self.draft = draft
-        self.sequence = sequence
-        self.length = length
+    owner: _Growing
+    tokens: Sequence[int]
+    draft: Draft | None  # whose next token is drawn, because the sequence then holds all before it
+    guesses: list[int] = field(default_factory=list)
 
 
 class Scheduler:
-    """Runs requests on a decoder, at most `max_batch_size` drafts and `max_batch_tokens` tokens a step.
+    """Runs generations on a decoder. One thread may use it.
 
-    `close` drops the sequences of drafts that have not finished; call it in any case (`contextlib.closing`).
+    Args:
+        decoder: nobody else may use it between `step`s that leave work.
+        max_batch_size: drafts in work at a time.
+        max_batch_tokens: tokens in a step.
+        speculate: tokens guessed at a time (see `PromptLookup`); 0: none.
     """
 
-    def __init__(self, decoder: Decoder, max_batch_size: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, decoder: Decoder, max_batch_size: int, max_batch_tokens: int, speculate: int = 0
+    ) -> None:
         self.decoder = decoder
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Draft] = deque()
-        self._running: list[_Running] = []
-        self._prompts: dict[
-            int, int
-        ] = {}  # sequence of a prompt (but its last token) to fork, by prompt_index
+        self.speculate = speculate
+        self.budget = CacheBudget(decoder)
+        self._waiting: deque[Generation] = deque()
+        self._running: list[_Growing] = []  # of a draft each
+        # of several completions: their prompt but its last token; None once the last of them has taken the sequence over
+        self._prompts: dict[Generation, _Growing | None] = {}
 
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def add(self, request: Request) -> None:
-        self._waiting += [Draft(request, index) for index in range(request.params.n)]
+    @property
+    def num_waiting(self) -> int:
+        """Generations of which not all completions have started."""
+        return len(self._waiting)
 
-    def step(self) -> list[Draft]:
-        """Run the decoder once; return the drafts that got a token, which is the last one if they have finished."""
+    @property
+    def jobs(self) -> list[Generation]:
+        """All that are not done, in order."""
+        return list(dict.fromkeys([r.job for r in self._running] + list(self._waiting)))
+
+    def add(self, job: Generation) -> None:
+        self._waiting.append(job)
+
+    def end(self, job: Generation, error: BaseException | None = None) -> None:
+        """Forget a job, in whatever state it is, and tell those who wait for it."""
+        for running in [r for r in self._running if r.job is job]:
+            self._drop(running)
+        if job in self._prompts:
+            prompt = self._prompts.pop(job)
+            if prompt is not None:
+                self.decoder.drop(prompt.sequence)
+            self.budget.give_back(self.budget.blocks_of_prompt(job.request))
+        if job in self._waiting:
+            self._waiting.remove(job)
+        job.finish(error)
+
+    def step(self, may_start: bool = True) -> None:
+        """Start what there is room for, and run the decoder once. What goes wrong ends the jobs that it happened to."""
+        if may_start:
+            self._start_waiting()
+        pieces = self._pieces()
+        if not pieces:
+            return
+        jobs = list(dict.fromkeys(piece.owner.job for piece in pieces))
+        try:
+            self._run(pieces)
+        except BaseException as error:  # not ours: whoever waits for the text shall see it
+            for job in jobs:
+                self.end(job, error)
+            return
+        for job in jobs:
+            is_complete = len(job.drafts) == job.request.params.n
+            if is_complete and all(draft.finish_reason for draft in job.drafts):
+                self.end(job)
+            else:
+                job.notify()
+
+    def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self.max_batch_size:
-            self._start(self._waiting.popleft())
+            job = self._waiting[0]
+            try:
+                if not self._start_draft(job):
+                    return
+            except BaseException as error:
+                self.end(job, error)
+                continue
+            if len(job.drafts) == job.request.params.n:
+                self._waiting.popleft()
 
+    def _start_draft(self, job: Generation) -> bool:
+        """Start the next draft of a job; whether that could be done now."""
+        request = job.request
+        if request.params.n > 1 and not self._has_prompt(job):
+            return False
+        num_blocks = self.budget.blocks_of_draft(request)
+        if not self.budget.has_room(num_blocks):
+            return False
+        if request.params.n == 1:
+            sequence, length = self.decoder.add_sequence(), 0
+        else:
+            sequence, length = self._fork(job), len(request.tokens) - 1
+        self.budget.promise(num_blocks)
+        draft = Draft(request, len(job.drafts))
+        job.drafts.append(draft)
+        lookup = PromptLookup(self.speculate) if self.speculate else None
+        self._running.append(_Growing(job, sequence, draft.tokens, length, draft, lookup))
+        return True
+
+    def _has_prompt(self, job: Generation) -> bool:
+        """Whether the prompt is read, so that drafts can fork from it; it is started where it is not."""
+        if job not in self._prompts:
+            num_blocks = self.budget.blocks_of_prompt(job.request)
+            if not self.budget.has_room(num_blocks):
+                return False
+            tokens = job.request.tokens[:-1]
+            self._prompts[job] = _Growing(job, self.decoder.add_sequence(), tokens)
+            self.budget.promise(num_blocks)
+        prompt = self._prompts[job]
+        return prompt is not None and prompt.length == len(prompt.tokens)
+
+    def _fork(self, job: Generation) -> int:
+        prompt = self._prompts[job]
+        assert prompt is not None, "all completions have started"
+        if len(job.drafts) < job.request.params.n - 1:
+            return self.decoder.fork(prompt.sequence)
+        self._prompts[job] = None  # nobody forks from it any more
+        return prompt.sequence
+
+    def _pieces(self) -> list[_Piece]:
+        """What goes into the next step: what the sequences lack first, and guesses where there is room left."""
+        room = self.max_batch_tokens
+        pieces = []
+        for owner in (*self._running, *filter(None, self._prompts.values())):
+            tokens = owner.tokens[owner.length : owner.length + room]
+            if tokens:
+                is_all = owner.length + len(tokens) == len(owner.tokens)
+                pieces.append(_Piece(owner, tokens, owner.draft if is_all else None))
+                room -= len(tokens)
+        for piece in pieces:
+            if piece.owner.lookup is not None and piece.draft is not None:
+                limit = min(room, piece.draft.num_left - 1)
+                piece.guesses = piece.owner.lookup.guess(piece.owner.tokens, limit)
+                room -= len(piece.guesses)
+        return pieces
+
+    def _run(self, pieces: Sequence[_Piece]) -> None:
         tokens: list[int] = []
         sequences: list[int] = []
         positions: list[int] = []
         output_rows: list[int] = []
-        drawing: list[_Running] = []
-        for running in self._running:
-            room = self.max_batch_tokens - len(tokens)
-            if not room:
-                break
-            new_tokens = running.draft.tokens[running.length :][:room]
+        rows: list[RowSampling] = []
+        for piece in pieces:
+            owner = piece.owner
+            new_tokens = [*piece.tokens, *piece.guesses]
+            sequences += [owner.sequence] * len(new_tokens)
+            positions += range(owner.length, owner.length + len(new_tokens))
             tokens += new_tokens
-            sequences += [running.sequence] * len(new_tokens)
-            positions += range(running.length, running.length + len(new_tokens))
-            running.length += len(new_tokens)
-            if running.length == len(running.draft.tokens):
-                output_rows.append(len(tokens) - 1)
-                drawing.append(running)
-        logits = self.decoder.forward(
-            torch.tensor(tokens),
-            torch.tensor(sequences),
-            torch.tensor(positions),
-            torch.tensor(output_rows, dtype=torch.int64),
-        )
-        if not drawing:
-            return []
-        drafts = [running.draft for running in drawing]
-        for running, drawn in zip(drawing, draw(logits, drafts), strict=True):
-            running.draft.append(drawn)
-            if running.draft.finish_reason:
-                self._running.remove(running)
-                self.decoder.drop(running.sequence)
-        return drafts
+            if piece.draft is not None:
+                count = len(piece.guesses) + 1
+                output_rows += range(len(tokens) - count, len(tokens))
+                rows += [piece.draft.sampling(piece.guesses[:i]) for i in range(count)]
+        draws = iter(self.decoder.sample(tokens, sequences, positions, output_rows, rows))
+        for piece in pieces:
+            piece.owner.length += len(piece.tokens)
+            if piece.draft is not None:
+                self._take(piece, piece.draft, list(islice(draws, len(piece.guesses) + 1)))
 
-    def close(self) -> None:
-        for sequence in (*(running.sequence for running in self._running), *self._prompts.values()):
-            self.decoder.drop(sequence)
-        self._running.clear()
-        self._prompts.clear()
-        self._waiting.clear()
-
-    def _start(self, draft: Draft) -> None:
-        request = draft.request
-        if request.params.n == 1:
-            self._running.append(_Running(draft, self.decoder.add_sequence(), 0))
+    def _take(self, piece: _Piece, draft: Draft, draws: Sequence[Draw]) -> None:
+        """Append what was drawn after the last token, and after each guess as long as these were right."""
+        owner = piece.owner
+        num_right = 0
+        for draw, guess in zip_longest(draws, piece.guesses):
+            draft.append(draw)
+            if draft.finish_reason or draw.token != guess:
+                break
+            num_right += 1
+        if draft.finish_reason:
+            self._drop(owner)
+            owner.job.report(draft)
             return
-        if draft.index == 0:
-            self._prompts[request.prompt_index] = self.decoder.add_sequence()
-            prompt = self._prompts[request.prompt_index]
-            prefill(self.decoder, prompt, request.tokens[:-1], self.max_batch_tokens)
-        if draft.index == request.params.n - 1:
-            sequence = self._prompts.pop(request.prompt_index)  # nobody forks from it any more
-        else:
-            sequence = self.decoder.fork(self._prompts[request.prompt_index])
-        self._running.append(_Running(draft, sequence, len(request.tokens) - 1))
+        if owner.lookup is not None and piece.guesses:
+            owner.lookup.learn(len(piece.guesses), num_right)
+            if num_right < len(piece.guesses):
+                self.decoder.truncate(owner.sequence, owner.length + num_right)
+        owner.length += num_right
+
+    def _drop(self, running: _Growing) -> None:
+        self._running.remove(running)
+        self.decoder.drop(running.sequence)
+        self.budget.give_back(self.budget.blocks_of_draft(running.job.request))

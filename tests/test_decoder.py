@@ -1,14 +1,20 @@
 """Cached decoding equals the full forward pass, whatever way the tokens come in."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from leangpt import GPT, GPTConfig
-from leangpt.decoder import TorchDecoder, prefill
+from leangpt import GPT, GPTConfig, SamplingParams
+from leangpt.completion import Draft, Request
+from leangpt.decoder import Decoder, prefill
+from leangpt.sampling import RowSampling
+from leangpt.torch_decoder import TorchDecoder
+from leangpt.torch_sampling import draw
 
 BASE = {"vocab_size": 53, "max_seq_len": 48, "n_layer": 3, "n_head": 4, "n_embd": 24}
 LLAMA = {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False}
@@ -53,7 +59,8 @@ def feed(decoder: TorchDecoder, *pieces: tuple[int, int, Tensor], **kwargs) -> T
     tokens = torch.cat([piece for _, _, piece in pieces])
     sequences = torch.cat([torch.full_like(piece, sequence) for sequence, _, piece in pieces])
     positions = torch.cat([start + torch.arange(len(piece)) for _, start, piece in pieces])
-    return decoder.forward(tokens, sequences, positions, torch.arange(len(tokens)), **kwargs)
+    columns = (tokens.numpy(), sequences.numpy(), positions.numpy())
+    return torch.from_numpy(decoder.forward(*columns, range(len(tokens)), **kwargs))
 
 
 def full_logits(model: GPT, text: Tensor) -> Tensor:
@@ -102,12 +109,14 @@ def test_ragged_batch_of_prompts_and_steps(model):
         if not rows:
             continue
         out = decoder.forward(
-            torch.stack([texts[i][position] for i, position in rows]),
-            torch.tensor([sequences[i] for i, _ in rows]),
-            torch.tensor([position for _, position in rows]),
-            torch.arange(len(rows)),
+            [int(texts[i][position]) for i, position in rows],
+            [sequences[i] for i, _ in rows],
+            [position for _, position in rows],
+            range(len(rows)),
         )
-        assert_close(out, torch.stack([expected[i][position] for i, position in rows]))
+        assert_close(
+            torch.from_numpy(out), torch.stack([expected[i][position] for i, position in rows])
+        )
 
 
 def test_forks_share_what_was_and_go_their_own_way(model):
@@ -160,20 +169,18 @@ def test_outputs_of_some_rows(model):
     decoder = TorchDecoder(model)
     [text] = texts_of(10)
     sequences = [decoder.add_sequence() for _ in range(3)]
-    rows = torch.tensor([9, 0, 4, 4])
-    arguments = text, torch.arange(10), rows
+    rows = [9, 0, 4, 4]
     logits = full_logits(model, text)
 
     def run(sequence: int, **kwargs) -> Tensor:
-        tokens, positions, output_rows = arguments
-        column = torch.full_like(tokens, sequence)
-        return decoder.forward(tokens, column, positions, output_rows, **kwargs)
+        out = decoder.forward(text.tolist(), [sequence] * 10, range(10), rows, **kwargs)
+        return torch.from_numpy(out)
 
     assert_close(run(sequences[0]), logits[rows])
     hidden = run(sequences[1], output="hidden")
     assert hidden.shape == (4, 24)
     assert_close(hidden @ model.head_weight.detach().T, logits[rows])
-    targets = torch.tensor([3, 1, 4, 1])
+    targets = [3, 1, 4, 1]
     logprobs = run(sequences[2], output="logprob_of", targets=targets)
     expected = logits.log_softmax(-1)[rows, targets]
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-11)
@@ -215,15 +222,61 @@ def test_weights_learn_on_between_steps():
     assert_close(out, full_logits(model, text))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dtype_of_the_model_is_kept(dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_results_are_float32_or_wider_and_the_cache_as_the_model(dtype):
     model = make_model(CONFIGS["llama"]).to(dtype)
     decoder = TorchDecoder(model)
     [text] = texts_of(10)
+    wide = torch.promote_types(dtype, torch.float32)
     out = feed(decoder, (decoder.add_sequence(), 0, text))
-    assert out.dtype == decoder.cache.keys[0].dtype == dtype
-    targets = {"output": "logprob_of", "targets": text}
-    assert feed(decoder, (decoder.add_sequence(), 0, text), **targets).dtype == torch.float32
+    assert out.dtype == wide
+    assert decoder.cache.keys[0].dtype == dtype
+    targets = {"output": "logprob_of", "targets": text.numpy()}
+    assert feed(decoder, (decoder.add_sequence(), 0, text), **targets).dtype == wide
+
+
+def test_it_keeps_to_the_protocol():
+    decoder = TorchDecoder(make_model(CONFIGS["gpt2"]))
+    assert isinstance(decoder, Decoder)
+    assert decoder.num_blocks is None and decoder.kv_block_size > 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 12])
+def test_what_is_truncated_leaves_no_trace(model, length):
+    decoder = TorchDecoder(model)
+    text, old, other = texts_of(20, 12, 12)
+    old[:length] = text[:length]
+    sequence, neighbour = decoder.add_sequence(), decoder.add_sequence()
+    feed(decoder, (sequence, 0, old), (neighbour, 0, other))
+    fork = decoder.fork(sequence)
+    decoder.truncate(sequence, length)
+    out = feed(decoder, (sequence, length, text[length:]))
+    assert_close(out, full_logits(model, text)[length:])
+    for untouched, tokens in ((fork, old), (neighbour, other)):
+        longer = torch.cat((tokens, text[:3]))
+        out = feed(decoder, (untouched, 12, text[:3]))
+        assert_close(out, full_logits(model, longer)[12:])
+
+
+def row_sampling(**options) -> RowSampling:
+    plain = SamplingParams(temperature=1.0, seed=1, logprobs=2)
+    draft = Draft(Request(0, [1] * 5, plain, 1, 9, vocab_limit=53, tokenizer=None), 0)
+    return dataclasses.replace(draft.sampling(), **options)
+
+
+def test_a_sample_is_a_draw_from_the_logits(model):
+    decoder = TorchDecoder(model)
+    [text] = texts_of(10)
+    rows = [row_sampling(), row_sampling(temperature=0.0), row_sampling(position=6, top_k=3)]
+    output_rows = [9, 9, 4]
+    sequence = decoder.add_sequence()
+    drawn = decoder.sample(text.numpy(), [sequence] * 10, range(10), output_rows, rows)
+    for got, expected in zip(drawn, draw(full_logits(model, text)[output_rows], rows), strict=True):
+        assert got.token == expected.token
+        assert got.logprob == pytest.approx(expected.logprob, abs=1e-11)
+        assert list(got.top_logprobs) == list(expected.top_logprobs)
+    assert decoder.sample([1, 2], [sequence] * 2, [10, 11], [], []) == []
+    assert decoder.cache.lengths[0] == 12
 
 
 class TestErrors:
@@ -250,31 +303,59 @@ class TestErrors:
         sequence = decoder.add_sequence()
         decoder.drop(sequence)
         decoder.add_sequence()
-        for use in (decoder.drop, decoder.fork, lambda s: feed(decoder, (s, 0, torch.arange(2)))):
+        for use in (
+            decoder.drop,
+            decoder.fork,
+            lambda s: decoder.truncate(s, 0),
+            lambda s: feed(decoder, (s, 0, torch.arange(2))),
+        ):
             with pytest.raises(ValueError, match=f"no sequence {sequence}"):
                 use(sequence)
 
     def test_shapes_and_options(self, decoder):
         sequence = decoder.add_sequence()
         one = torch.zeros(1, dtype=torch.int64)
-        none = one[:0]
         with pytest.raises(ValueError, match=r"tokens and sequences must be \(N,\) with N > 0"):
-            decoder.forward(none, none, none, none)
+            decoder.forward([], [], [], [])
         with pytest.raises(ValueError, match="tokens and positions"):
-            decoder.forward(one, one, torch.arange(2), one)
+            decoder.forward([0], [0], [0, 1], [0])
+        with pytest.raises(ValueError, match="tokens and sequences"):
+            decoder.forward(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1)), [0])
         with pytest.raises(ValueError, match="output must be one of"):
             feed(decoder, (sequence, 0, one), output="loss")
         with pytest.raises(ValueError, match="targets go with"):
             feed(decoder, (sequence, 0, one), output="logprob_of")
         with pytest.raises(ValueError, match="targets go with"):
-            feed(decoder, (sequence, 0, one), targets=one)
+            feed(decoder, (sequence, 0, one), targets=[0])
         with pytest.raises(ValueError, match=r"targets must be \(1,\)"):
-            feed(decoder, (sequence, 0, one), output="logprob_of", targets=torch.arange(2))
+            feed(decoder, (sequence, 0, one), output="logprob_of", targets=[0, 1])
+        with pytest.raises(ValueError, match=r"rows must be as many as output_rows, 1, got 0"):
+            decoder.sample([0], [sequence], [0], [0], [])
         feed(decoder, (sequence, 0, one))
 
-    def test_a_failing_forward_appends_nothing(self, decoder):
+    def test_what_is_out_of_range(self, decoder):
         sequence = decoder.add_sequence()
-        with pytest.raises(IndexError):
+        pair = ([sequence] * 2, [0, 1])
+        for wrong in (53, -1):
+            with pytest.raises(ValueError, match=rf"tokens must be in \[0, 53\), got {wrong}"):
+                decoder.forward([1, wrong], *pair, [])
+            with pytest.raises(ValueError, match=rf"targets must be in \[0, 53\), got {wrong}"):
+                decoder.forward([1, 2], *pair, [0], "logprob_of", [wrong])
+        for wrong in (2, -1):
+            with pytest.raises(ValueError, match=rf"output_rows must be in \[0, 2\), got {wrong}"):
+                decoder.forward([1, 2], *pair, [wrong])
+        decoder.forward([1, 2], *pair, [])
+        for wrong in (3, -1):
+            with pytest.raises(ValueError, match=rf"length must be in \[0, 2\].*got {wrong}"):
+                decoder.truncate(sequence, wrong)
+
+    def test_a_failing_step_appends_nothing(self, decoder, monkeypatch):
+        sequence = decoder.add_sequence()
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder.model.norm_f, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                feed(decoder, (sequence, 0, torch.tensor([1, 2])))
+        with pytest.raises(ValueError, match="tokens must be"):
             feed(decoder, (sequence, 0, torch.tensor([1, 53])))
         out = feed(decoder, (sequence, 0, torch.tensor([1, 2])))
         assert_close(out, full_logits(decoder.model, torch.tensor([1, 2])))

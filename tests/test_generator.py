@@ -1,21 +1,30 @@
 """The generator: batching, stopping, streaming, scoring; on a decoder that is a rule, and on small models."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_decoder import (
+    EOS,
+    RuleDecoder,
+    by_hash,
+    endless,
+    generator_of,
+    one_step_at_a_time,
+    saying,
+    small_model,
+)
 from torch import Tensor
 
-from leangpt import GPT, GPTConfig, SamplingParams
+from leangpt import GPT, SamplingParams
 from leangpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from leangpt.generator import Generator
 from leangpt.pretrained import save_pretrained
 from leangpt.stop import StopText
-
-EOS = ByteTokenizer().eos_id
 
 
 @pytest.fixture(autouse=True)
@@ -25,86 +34,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-class RuleDecoder:
-    """A decoder whose logits are a function of the text so far; it holds the generator to the protocol."""
-
-    def __init__(
-        self, rule: Callable[[list[int]], Tensor], max_seq_len: int = 1000, vocab_size: int = 257
-    ) -> None:
-        self.config = GPTConfig(vocab_size=vocab_size, max_seq_len=max_seq_len)
-        self.rule = rule
-        self.sequences: dict[int, list[int]] = {}
-        self.numbers = itertools.count(100)
-        self.num_rows: list[int] = []  # of each step
-        self.most_sequences = 0
-        self.fails_at_step: int | None = None
-
-    def add_sequence(self) -> int:
-        number = next(self.numbers)
-        self.sequences[number] = []
-        self.most_sequences = max(self.most_sequences, len(self.sequences))
-        return number
-
-    def fork(self, sequence: int) -> int:
-        number = self.add_sequence()
-        self.sequences[number] += self.sequences[sequence]
-        return number
-
-    def drop(self, sequence: int) -> None:
-        del self.sequences[sequence]
-
-    def forward(self, tokens, sequences, positions, output_rows, output="logits", targets=None):
-        if len(self.num_rows) == self.fails_at_step:
-            raise KeyboardInterrupt
-        self.num_rows.append(len(tokens))
-        assert len(tokens) > 0
-        wanted = output_rows.tolist()
-        found = {}
-        columns = zip(tokens.tolist(), sequences.tolist(), positions.tolist(), strict=True)
-        for row, (token, sequence, position) in enumerate(columns):
-            text = self.sequences[sequence]
-            assert position == len(text) < self.config.max_seq_len
-            text.append(token)
-            if row in wanted:
-                found[row] = self.rule(text).double()
-        logits = [found[row] for row in wanted]
-        if output == "logits":
-            return torch.stack(logits) if logits else torch.empty(0, self.config.vocab_size)
-        assert output == "logprob_of"
-        return torch.stack(
-            [row.log_softmax(-1)[t] for row, t in zip(logits, targets.tolist(), strict=True)]
-        )
-
-
-def by_hash(text: list[int]) -> Tensor:
-    """Any logits, but always the same ones for the same text."""
-    return 4 * torch.randn(257, generator=torch.Generator().manual_seed(hash(tuple(text)) % 2**40))
-
-
-def saying(*tokens: int, num_added: int = 0) -> Callable[[list[int]], Tensor]:
-    """After a prompt of one token, these tokens and then the end of text."""
-
-    def rule(text: list[int]) -> Tensor:
-        logits = torch.zeros(257 + num_added)
-        logits[(*tokens, EOS)[min(len(text) - 1, len(tokens))]] = 100.0
-        return logits
-
-    return rule
-
-
-def generator_of(rule, **options) -> Generator:
-    decoder = RuleDecoder(rule, **{k: options.pop(k) for k in ("max_seq_len",) if k in options})
-    return Generator(decoder, ByteTokenizer(), **options)
-
-
-def small_model(**options) -> GPT:
-    config = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 4, "n_embd": 24}
-    model = GPT(GPTConfig(**config | options)).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 GREEDY = {"temperature": 0.0}
@@ -437,19 +366,22 @@ class TestStream:
 
     def test_text_comes_while_it_is_drawn(self):
         generator = generator_of(saying(*b"abc"))
-        pieces = generator.stream("x", SamplingParams(**GREEDY))
-        for i in range(3):
-            assert next(pieces) == "abc"[i]
-            assert len(generator.decoder.num_rows) == i + 1
+        with one_step_at_a_time(generator.decoder) as allow_step:
+            pieces = generator.stream("x", SamplingParams(**GREEDY))
+            for i in range(3):
+                allow_step()
+                assert next(pieces) == "abc"[i]
+                assert len(generator.decoder.num_rows) == i + 1
 
     def test_closing_it_ends_the_work(self):
-        generator = generator_of(saying(*b"abc"))
-        pieces = generator.stream("x", SamplingParams(**GREEDY))
+        generator = generator_of(endless, max_seq_len=sys.maxsize)
+        params = SamplingParams(**GREEDY, max_new_tokens=None)
+        pieces = generator.stream("x", params)
         next(pieces)
         assert len(generator.decoder.sequences) == 1
         pieces.close()
         assert generator.decoder.sequences == {}
-        for _ in generator.stream("x", SamplingParams(**GREEDY)):
+        for _ in generator.stream("x", params):
             break
         assert generator.decoder.sequences == {}
 

@@ -88,6 +88,24 @@ def test_a_freed_slot_is_used_again_lowest_first_and_holds_nothing():
     assert all(not storage[1].any() for storage in cache.keys + cache.values)
 
 
+def test_truncating_keeps_the_beginning_and_nothing_else():
+    cache = make_cache()
+    slots = [cache.allocate() for _ in range(3)]
+    written = [write(cache, slot, 9) for slot in slots]
+    cache.truncate(slots[1], 4)
+    assert cache.lengths[slots[1]] == 4
+    assert_holds(cache, slots[1], [(k[:4], v[:4]) for k, v in written[1]])
+    assert all(not storage[1, 4:].any() for storage in cache.keys + cache.values)
+    for slot in (0, 2):
+        assert_holds(cache, slots[slot], written[slot])
+    more = write(cache, slots[1], 2)
+    both = [
+        (torch.cat((k[:4], k2)), torch.cat((v[:4], v2)))
+        for (k, v), (k2, v2) in zip(written[1], more, strict=True)
+    ]
+    assert_holds(cache, slots[1], both)
+
+
 def test_memory_follows_use():
     cache = make_cache()
     slot = cache.allocate()

@@ -10,7 +10,8 @@ from torch import Tensor
 from leangpt import SamplingParams
 from leangpt.completion import Draft, Request
 from leangpt.kernels import ops, reference
-from leangpt.sampling import draw
+from leangpt.sampling import Draw
+from leangpt.torch_sampling import draw
 
 # Salmon et al., 2011: known answers of philox4x32-10, published with Random123
 PHILOX = {
@@ -241,22 +242,15 @@ def test_penalties_as_defined():
     assert out.tolist() == [[0.5, -8.0, 0.0, 0.75], [1.5, -2.5, 0.5, 1.0]]
 
 
-class FewTokens:
-    """As much of a tokenizer as `draw` looks at."""
-
-    vocab_size = 3
-    eos_ids = ()
-
-    def detokenizer(self):
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-
-def make_draft(prompt: list[int], tokenizer=None, index: int = 0, seed: int = 0, **params) -> Draft:
-    request = Request(0, prompt, SamplingParams(**params), seed, 10, tokenizer)
+def make_draft(
+    prompt: list[int], index: int = 0, seed: int = 0, vocab_limit: int = 99, **params
+) -> Draft:
+    request = Request(0, prompt, SamplingParams(**params), seed, 10, vocab_limit, None)
     return Draft(request, index)
+
+
+def draw_for(logits: Tensor, *drafts: Draft) -> list[Draw]:
+    return draw(logits, [draft.sampling() for draft in drafts])
 
 
 class TestDraw:
@@ -273,7 +267,7 @@ class TestDraw:
             {"temperature": 1.0},
         ]
         drafts = [make_draft([1] * (i + 1), **s) for i, s in enumerate(settings)]
-        drawn = [d.token for d in draw(logits, drafts)]
+        drawn = [d.token for d in draw_for(logits, *drafts)]
         for i, s in enumerate(settings):
             s = dict(s)
             seed, index = signed(s.pop("seed", 0)), s.pop("index", 0)
@@ -286,7 +280,7 @@ class TestDraw:
         present = make_draft([0], temperature=0.0, presence_penalty=0.5)
         plain = make_draft([0], temperature=0.0)
         for expected in ([1, 0, 0], [2, 1, 0], [3, 2, 0]):
-            drawn = draw(logits.expand(3, -1).clone(), [repeating, present, plain])
+            drawn = draw_for(logits.expand(3, -1).clone(), repeating, present, plain)
             assert [d.token for d in drawn] == expected
             for draft, d in zip([repeating, present, plain], drawn, strict=True):
                 draft.append(d)
@@ -296,7 +290,7 @@ class TestDraw:
         logits = torch.randn(2, 9)
         options = {"temperature": 3.0, "top_k": 2, "repetition_penalty": 5.0, "logprobs": 4}
         drafts = [make_draft([1, 2], **options), make_draft([1], temperature=0.0)]
-        with_logprobs, without = draw(logits, drafts)
+        with_logprobs, without = draw_for(logits, *drafts)
         expected = logits[0].double().log_softmax(-1)
         assert with_logprobs.logprob == expected[with_logprobs.token].item()
         best = expected.argsort(descending=True)[:4]
@@ -306,30 +300,50 @@ class TestDraw:
         assert without.logprob is without.top_logprobs is None
 
     def test_more_logprobs_than_tokens(self):
-        [drawn] = draw(torch.randn(1, 5), [make_draft([1], logprobs=99)])
+        [drawn] = draw_for(torch.randn(1, 5), make_draft([1], logprobs=99))
         assert len(drawn.top_logprobs) == 5
 
     def test_tokens_beyond_the_tokenizer_are_never_drawn(self):
         logits = torch.tensor([[0.0, 0.0, 0.0, 50.0, 50.0]])
         for index in range(20):
-            draft = make_draft([1], FewTokens(), index=index, temperature=1.0, logprobs=0)
-            [drawn] = draw(logits, [draft])
+            draft = make_draft([1], vocab_limit=3, index=index, temperature=1.0, logprobs=0)
+            [drawn] = draw_for(logits, draft)
             assert drawn.token < 3
             assert drawn.logprob < -50  # of the model, which would have drawn another one
+
+    def test_each_row_has_its_own_vocabulary(self):
+        logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(3, -1)
+        drafts = [make_draft([1], vocab_limit=limit, temperature=0.0) for limit in (2, 99, 1)]
+        assert [d.token for d in draw_for(logits, *drafts)] == [1, 3, 0]
+
+    def test_guesses_count_as_drawn(self):
+        """The draw after guesses is that of a draft that had drawn them."""
+        logits = torch.randn(1, 20)
+        options = {
+            "temperature": 1.0,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.7,
+            "seed": 3,
+        }
+        drawn, guessed = make_draft([5, 6], **options), make_draft([5, 6], **options)
+        for token in (7, 8, 5):
+            drawn.append(Draw(token, None, None))
+        assert guessed.sampling([7, 8, 5]) == drawn.sampling()
+        assert draw(logits, [guessed.sampling([7, 8, 5])]) == draw_for(logits, drawn)
 
     def test_arguments_are_left_as_they_are(self):
         logits = torch.randn(1, 5)
         before = logits.clone()
-        draw(logits, [make_draft([1], FewTokens(), repetition_penalty=3.0)])
+        draw_for(logits, make_draft([1], vocab_limit=3, repetition_penalty=3.0))
         assert torch.equal(logits, before)
 
     def test_low_precision_is_penalized_in_float32(self):
         # in bfloat16 1.1 is 1.1015625, and the second logit would fall to the first
         logits = torch.tensor([[1.0078125, 1.109375]], dtype=torch.bfloat16)
-        [drawn] = draw(logits, [make_draft([1], temperature=0.0, repetition_penalty=1.1)])
+        [drawn] = draw_for(logits, make_draft([1], temperature=0.0, repetition_penalty=1.1))
         assert drawn.token == 1
 
     def test_nan_is_an_error(self):
         logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
         with pytest.raises(RuntimeError, match="logits are NaN"):
-            draw(logits, [make_draft([1]), make_draft([1])])
+            draw_for(logits, make_draft([1]), make_draft([1]))

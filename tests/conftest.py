@@ -1,6 +1,7 @@
 """Set-up of every test: import paths, offline mode, seeds, and poisoned memory."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # the clone's own folders must not be importable: ./kernels would shadow Hugging Face's package of that name
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"

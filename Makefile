@@ -45,7 +45,7 @@ types:           ## show type checkers the import name: .types/leangpt -> engine
 	@cd .types/leangpt && ln -s ../../engine/* . && ln -s ../../kernels kernels
 
 clean:           ## delete the environment and what was built; data/ and runs/ stay
-	rm -rf $(VENV) .types build dist *.egg-info kernels/_C*.so
+	rm -rf $(VENV) .types build dist *.egg-info kernels/_*.so
 
 $(VENV)/installed: requirements.lock pyproject.toml setup.py
 	@command -v $(PYTHON) >/dev/null || \

@@ -1,7 +1,8 @@
 """Build of leangpt: `engine/` is the package `leangpt`, `kernels/` is `leangpt.kernels`, `csrc/` its extension.
 
-The extension only registers `torch.ops.leangpt` (no Python binding, no Python headers). Its file name carries the
-torch it was built for, `_C-torch<version>.so`, so that `kernels/native.py` never loads one built for another torch.
+Two libraries, neither with a Python binding (no Python headers): `_C` registers `torch.ops.leangpt`, and its file name carries
+the torch it was built for, `_C-torch<version>.so`, so that `kernels/native.py` never loads one built for another torch;
+`_engine.so`, the decode engine, knows no torch, and `kernels/decode.py` loads it with ctypes.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 try:
     import torch
@@ -31,7 +32,8 @@ class BuildNative(BuildExtension):
         self.build_temp = "build/temp"  # also for editable installs, which would compile all again
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', os.sep)}-torch{torch.__version__}.so"
+        suffix = f"-torch{torch.__version__}" if fullname.endswith("_C") else ""
+        return f"{fullname.replace('.', os.sep)}{suffix}.so"
 
     def copy_extensions_to_source(self) -> None:
         for stale in Path("kernels").glob("_C-torch*.so"):
@@ -39,7 +41,7 @@ class BuildNative(BuildExtension):
         super().copy_extensions_to_source()
 
 
-def native_extension() -> list[CppExtension]:
+def native_extensions() -> list[Extension]:
     compiler = get_cxx_compiler()
     if shutil.which(compiler.split()[0]) is None:
         print(
@@ -48,14 +50,29 @@ def native_extension() -> list[CppExtension]:
             file=sys.stderr,
         )
         return []
+    headers = glob("csrc/**/*.h", recursive=True)
     return [
         CppExtension(
             "leangpt.kernels._C",
-            sorted(["csrc/bindings.cpp", *glob("csrc/cpu/*.cpp")]),
-            depends=glob("csrc/**/*.h", recursive=True),
+            ["csrc/bindings.cpp"],
+            depends=headers,
             py_limited_api=True,  # no libtorch_python: the library knows nothing of Python
             extra_compile_args=["-O3", "-g0"],  # torch adds the -std that its headers need
-        )
+        ),
+        Extension(
+            "leangpt.kernels._engine",
+            sorted(["csrc/engine.cpp", *glob("csrc/cpu/*.cpp")]),
+            depends=headers,
+            language="c++",
+            py_limited_api=True,
+            # no product and sum become one rounding but where the code says so: the same bits wherever it is inlined
+            extra_compile_args=[
+                *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
+                # g++ 12 takes the AVX-512 headers' undefined registers for mistakes
+                *("-pthread", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+            ],
+            extra_link_args=["-pthread"],
+        ),
     ]
 
 
@@ -67,7 +84,7 @@ setup(
     ],
     package_dir={"leangpt": "engine", "leangpt.kernels": "kernels"},
     package_data={"leangpt": ["py.typed"]},
-    ext_modules=native_extension(),
+    ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from leangpt import machine
-from leangpt.kernels.native import cpu_isa
+from leangpt.kernels.decode import cpu_isa
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from leangpt.kernels import describe_backends
-from leangpt.kernels.native import cpu_isa
+from leangpt.kernels.decode import cpu_isa
 
 
 def use_threads() -> None:

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import decode, native, reference
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 
@@ -89,7 +89,7 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
 def describe_backends(device: str) -> dict[Backend, str]:
     """What each backend offers on `device` ("cpu" or "cuda"), in words: for `leangpt info` and the logs."""
     native_state = native.unavailable_reason or (
-        f"{len(native.OPS)} ops, CPU instructions: {native.cpu_isa()}"
+        f"{len(native.OPS)} ops, CPU instructions: {decode.cpu_isa()}"
     )
     triton_state = f"{len(TRITON_OPS)} ops" if device in triton_devices else f"not on {device}"
     return {"native": native_state, "triton": triton_state, "reference": "all ops, on PyTorch"}

@@ -29,8 +29,3 @@ def _load() -> str | None:
 
 
 unavailable_reason = _load()
-
-
-def cpu_isa() -> str | None:
-    """The vector instructions the native CPU kernels use ("avx512", "avx2", "portable"), or None without them."""
-    return None if unavailable_reason else torch.ops.leangpt.cpu_isa()

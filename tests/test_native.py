@@ -20,7 +20,7 @@ def extension(in_ci):
 
 
 def run_isa(isa: str) -> subprocess.CompletedProcess:
-    program = "from leangpt.kernels.native import cpu_isa; print(cpu_isa())"
+    program = "from leangpt.kernels.decode import cpu_isa; print(cpu_isa())"
     env = os.environ | {"LEANGPT_CPU_ISA": isa}
     return subprocess.run(
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
@@ -28,9 +28,10 @@ def run_isa(isa: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.usefixtures("extension")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_isa_can_be_forced_where_the_cpu_has_it(isa):
-    flag = {"portable": True, "avx2": "avx2", "avx512": "avx512_f"}[isa]
+    flags = {"portable": True, "avx2": "avx2", "avx512": "avx512_f", "avx512_bf16": "avx512_bf16"}
+    flag = flags[isa]
     has_it = flag is True or torch.cpu.get_capabilities().get(flag, False)
     run = run_isa(isa)
     if has_it:
@@ -46,7 +47,7 @@ def test_isa_can_be_forced_where_the_cpu_has_it(isa):
 def test_misspelt_isa_is_an_error():
     run = run_isa("avx1024")
     assert run.returncode == 1
-    assert "LEANGPT_CPU_ISA must be avx512, avx2 or portable, got avx1024" in run.stderr
+    assert "LEANGPT_CPU_ISA must be avx512_bf16, avx512, avx2 or portable, got avx1024" in run.stderr
 
 
 @pytest.mark.usefixtures("extension")

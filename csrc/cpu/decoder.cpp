@@ -1,0 +1,334 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "threads.h"
+
+namespace leangpt::cpu {
+namespace {
+
+constexpr int64_t kLogitRows = 64;  // logits that are held at a time
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string text(int64_t n) { return std::to_string(n); }
+
+}  // namespace
+
+Decoder::Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks)
+    : model_(model),
+      cache_(model.config.n_layer, model.config.n_kv_head, model.config.head_dim, kv_kind,
+             num_blocks) {
+  if (model.config.head_dim > kMaxHeadDim) {
+    fail("head_dim must be at most " + text(kMaxHeadDim) + ", got " + text(model.config.head_dim));
+  }
+}
+
+// Check everything, and only then give the sequences their pages.
+void Decoder::prepare(const Batch& batch) {
+  const ModelConfig& config = model_.config;
+  std::unordered_map<int64_t, int64_t> new_tokens;
+  rows_.resize(batch.num_tokens);
+  for (int64_t i = 0; i < batch.num_tokens; ++i) {
+    const int64_t token = batch.tokens[i];
+    if (token < 0 || token >= config.vocab_size) {
+      fail("token ids must be in [0, " + text(config.vocab_size) + "), got " + text(token));
+    }
+    Sequence& sequence = cache_.at(batch.sequences[i]);
+    const int64_t expected = sequence.length + new_tokens[batch.sequences[i]]++;
+    if (batch.positions[i] != expected) {
+      fail("the next position of sequence " + text(batch.sequences[i]) + " is " + text(expected) +
+           ", got " + text(batch.positions[i]));
+    }
+    if (expected >= config.max_seq_len) {
+      fail("a sequence holds at most " + text(config.max_seq_len) + " tokens, got " +
+           text(expected + 1));
+    }
+    rows_[i] = {&sequence, expected};
+  }
+  for (int64_t i = 0; i < batch.num_outputs; ++i) {
+    if (batch.output_rows[i] < 0 || batch.output_rows[i] >= batch.num_tokens) {
+      fail("output rows must be in [0, " + text(batch.num_tokens) + "), got " +
+           text(batch.output_rows[i]));
+    }
+  }
+  int64_t needed = 0;
+  for (const auto& [sequence, tokens] : new_tokens) {
+    needed += cache_.blocks_needed(cache_.at(sequence), tokens);
+  }
+  if (needed > cache_.free_blocks()) {
+    throw CacheFull("the key/value cache is full: this step needs " + text(needed) +
+                    " more pages of " + text(KvCache::kBlockSize) + " tokens, " +
+                    text(cache_.free_blocks()) + " of " + text(cache_.num_blocks()) +
+                    " are free. Drop sequences, or make the cache larger (num_blocks)");
+  }
+  for (const auto& [sequence, tokens] : new_tokens) {
+    cache_.reserve(cache_.at(sequence), tokens);
+  }
+
+  const int heads_per_kv = config.n_head / config.n_kv_head;
+  const int64_t tile_rows = std::max(1, kernels().max_queries / heads_per_kv);
+  tiles_.clear();
+  for (int64_t i = 0; i < batch.num_tokens; ++i) {
+    if (!tiles_.empty() && rows_[i].sequence == rows_[i - 1].sequence &&
+        tiles_.back().rows < tile_rows) {
+      ++tiles_.back().rows;
+    } else {
+      tiles_.push_back({i, 1});
+    }
+  }
+}
+
+void Decoder::normalize(const float* x, const float* weight, const float* bias, float* out) const {
+  const ModelConfig& config = model_.config;
+  if (config.is_rms_norm) {
+    kernels().rms_norm(x, weight, config.norm_eps, config.n_embd, out);
+  } else {
+    kernels().layer_norm(x, weight, bias, config.norm_eps, config.n_embd, out);
+  }
+}
+
+// out = activation(norm(stream) w^T + bias)
+void Decoder::norm_and_multiply(const float* weight, const float* bias, const Matrix& w, float* out,
+                                int64_t stride, Activation activation) {
+  const int64_t N = static_cast<int64_t>(rows_.size()), C = round_up(model_.config.n_embd, kLanes);
+  const float* x = stream_.get(0);
+  float* normed = normed_.get(N * C);
+  linear_.convert(w, N, [&](int64_t row, const Activations& a) {
+    normalize(x + row * C, weight, bias, normed + row * C);
+    kernels().convert_row(normed + row * C, w, a, row);
+  });
+  linear_.multiply(w, N, out, stride, false, activation);
+}
+
+// stream += x w^T + bias
+void Decoder::add_product(const float* x, int64_t stride, const Matrix& w) {
+  const int64_t N = static_cast<int64_t>(rows_.size());
+  linear_.convert(w, N, [&](int64_t row, const Activations& a) {
+    kernels().convert_row(x + row * stride, w, a, row);
+  });
+  linear_.multiply(w, N, stream_.get(0), round_up(model_.config.n_embd, kLanes), true,
+                   Activation::kNone);
+}
+
+void Decoder::run_blocks(const Batch& batch) {
+  const ModelConfig& config = model_.config;
+  const Kernels& k = kernels();
+  Team& team = Team::get();
+  const int64_t N = batch.num_tokens, C = round_up(config.n_embd, kLanes);
+  const int H = config.n_head, H_kv = config.n_kv_head, D = config.head_dim;
+  const int64_t qkv_width = round_up((H + 2 * H_kv) * D, kLanes);
+  const int64_t attended_width = round_up(H * D, kLanes);
+  const int64_t inner_width = round_up(config.n_inner, kLanes);
+  float* stream = stream_.get(N * C);
+  float* qkv = qkv_.get(N * qkv_width);
+  float* attended = attended_.get(N * attended_width);
+  float* inner = inner_.get(N * inner_width);
+  float* rotations = model_.frequencies ? rotations_.get(N * D) : nullptr;
+
+  team.run(N, [&](int64_t row, int) {
+    float* x = stream + row * C;
+    const int64_t position = rows_[row].position;
+    k.unpack_row(model_.embedding, static_cast<int>(batch.tokens[row]), x);
+    if (model_.positions) {
+      const float* p = model_.positions + position * C;
+      for (int64_t i = 0; i < C; ++i) x[i] += p[i];
+    }
+    for (int i = 0; rotations && i < D / 2; ++i) {
+      // the angle in float32, as the models were trained with
+      const double angle = static_cast<float>(position) * model_.frequencies[i];
+      rotations[row * D + i] = static_cast<float>(std::cos(angle)) * model_.rope_magnitude;
+      rotations[row * D + D / 2 + i] = static_cast<float>(std::sin(angle)) * model_.rope_magnitude;
+    }
+  });
+
+  const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(D));
+  for (int layer = 0; layer < config.n_layer; ++layer) {
+    const Layer& l = model_.layers[layer];
+    norm_and_multiply(l.norm_1_weight, l.norm_1_bias, l.qkv, qkv, qkv_width, Activation::kNone);
+    team.run(N, [&](int64_t row, int) {
+      float* q = qkv + row * qkv_width;
+      float* keys = q + H * D;
+      const float* values = keys + H_kv * D;
+      for (int head = 0; head < H + H_kv; ++head) {
+        float* x = q + head * D;
+        const float* norm = head < H ? l.q_norm : l.k_norm;
+        if (norm) {
+          alignas(64) float room[kMaxHeadDim] = {};
+          k.rms_norm(x, norm, config.norm_eps, D, room);
+          std::copy_n(room, D, x);
+        }
+        if (rotations) k.rotate(x, rotations + row * D, rotations + row * D + D / 2, D);
+        if (head < H) k.scale(x, softmax_scale, D, x);
+      }
+      const int64_t position = rows_[row].position;
+      const int32_t block = rows_[row].sequence->block_table[position / kLanes];
+      for (int head = 0; head < H_kv; ++head) {
+        k.append_kv(keys + head * D, values + head * D, D, cache_.kind(),
+                    cache_.page(layer, head, block), cache_.value_offset(),
+                    static_cast<int>(position % kLanes));
+      }
+    });
+    attend(layer, qkv, attended);
+    add_product(attended, attended_width, l.attn_out);
+    norm_and_multiply(l.norm_2_weight, l.norm_2_bias, l.mlp_in, inner, inner_width,
+                      config.activation);
+    add_product(inner, inner_width, l.mlp_out);
+  }
+  for (int64_t i = 0; i < N; ++i) ++rows_[i].sequence->length;
+}
+
+void Decoder::attend(int layer, const float* qkv, float* out) {
+  const ModelConfig& config = model_.config;
+  const Kernels& k = kernels();
+  Team& team = Team::get();
+  const int H = config.n_head, H_kv = config.n_kv_head, D = config.head_dim;
+  const int64_t qkv_width = round_up((H + 2 * H_kv) * D, kLanes);
+  const int64_t attended_width = round_up(H * D, kLanes);
+  const int64_t state_floats = attention_state_floats(D);
+  // query heads of one key head that attend together, and how many times until all have
+  const int heads_per_kv = H / H_kv, together = std::min(heads_per_kv, k.max_queries);
+  const int turns = (heads_per_kv + together - 1) / together;
+  const auto first_key = [&](int64_t position) {
+    return config.sliding_window ? std::max<int64_t>(0, position + 1 - config.sliding_window) : 0;
+  };
+  const auto first_chunk = [&](const Tile& tile) {
+    return static_cast<int>(first_key(rows_[tile.first_row].position) / kChunkKeys);
+  };
+  const auto last_chunk = [&](const Tile& tile) {
+    return static_cast<int>(rows_[tile.first_row + tile.rows - 1].position / kChunkKeys) + 1;
+  };
+
+  // `f(query, row, head)` for the queries of an item.
+  const auto make_tile = [&](const Tile& tile, int kv_head, int turn, const auto& f) {
+    const Sequence& sequence = *rows_[tile.first_row].sequence;
+    AttentionTile a = {cache_.pages(layer, kv_head, sequence), {}, {}, {}, 0, D};
+    const int first_head = kv_head * heads_per_kv + turn * together;
+    const int end_head = std::min(first_head + together, (kv_head + 1) * heads_per_kv);
+    for (int64_t row = tile.first_row; row < tile.first_row + tile.rows; ++row) {
+      for (int head = first_head; head < end_head; ++head) {
+        const int query = a.num_queries++;
+        a.queries[query] = qkv + row * qkv_width + head * D;
+        a.first_key[query] = static_cast<int32_t>(first_key(rows_[row].position));
+        a.last_key[query] = static_cast<int32_t>(rows_[row].position + 1);
+        f(query, row, head);
+      }
+    }
+    return a;
+  };
+
+  const int64_t parts = static_cast<int64_t>(tiles_.size()) * H_kv * turns;
+  int chunks = 1;
+  for (const Tile& tile : tiles_) chunks = std::max(chunks, last_chunk(tile) - first_chunk(tile));
+  if (chunks == 1 || parts >= 4 * team.num_threads()) {
+    team.run(parts, [&](int64_t item, int) {
+      const Tile& tile = tiles_[item / (H_kv * turns)];
+      alignas(64) float room[kMaxTileQueries][kLanes + kMaxHeadDim];
+      float* states[kMaxTileQueries];
+      float* outs[kMaxTileQueries];
+      const AttentionTile a =
+          make_tile(tile, static_cast<int>(item / turns % H_kv), static_cast<int>(item % turns),
+                    [&](int query, int64_t row, int head) {
+                      states[query] = room[query];
+                      room[query][1] = 0;
+                      outs[query] = out + row * attended_width + head * D;
+                    });
+      for (int c = first_chunk(tile); c < last_chunk(tile); ++c) k.attend_chunk(a, c, states);
+      for (int q = 0; q < a.num_queries; ++q) k.finish_state(states[q], D, outs[q]);
+    });
+    return;
+  }
+  // Few queries with many keys: the chunks of a query are spread over the threads, and merged in
+  // their order after that.
+  const int64_t num_rows = static_cast<int64_t>(rows_.size());
+  float* all_states = states_.get(num_rows * H * chunks * state_floats);
+  const auto state_of = [&](int64_t row, int head, int chunk) {
+    return all_states + ((row * H + head) * chunks + chunk) * state_floats;
+  };
+  team.run(parts * chunks, [&](int64_t item, int) {
+    const int64_t part = item / chunks;
+    const int chunk = static_cast<int>(item % chunks);
+    const Tile& tile = tiles_[part / (H_kv * turns)];
+    float* states[kMaxTileQueries];
+    const AttentionTile a =
+        make_tile(tile, static_cast<int>(part / turns % H_kv), static_cast<int>(part % turns),
+                  [&](int query, int64_t row, int head) {
+                    states[query] = state_of(row, head, chunk);
+                    states[query][1] = 0;
+                  });
+    const int c = first_chunk(tile) + chunk;
+    if (c < last_chunk(tile)) k.attend_chunk(a, c, states);
+  });
+  team.run(num_rows * H, [&](int64_t item, int) {
+    const int64_t row = item / H;
+    const int head = static_cast<int>(item % H);
+    float* state = state_of(row, head, 0);
+    for (int c = 1; c < chunks; ++c) k.merge_states(state, state_of(row, head, c), D);
+    k.finish_state(state, D, out + row * attended_width + head * D);
+  });
+}
+
+template <class F>
+void Decoder::for_logits(const Batch& batch, float* out, const F& f) {
+  const int64_t V = model_.config.vocab_size, C = round_up(model_.config.n_embd, kLanes);
+  const float* stream = stream_.get(0);
+  float* normed = normed_.get(std::min(kLogitRows, batch.num_outputs) * C);
+  for (int64_t first = 0; first < batch.num_outputs; first += kLogitRows) {
+    const int64_t count = std::min(kLogitRows, batch.num_outputs - first);
+    float* logits = out ? out + first * V : logits_.get(count * V);
+    linear_.convert(model_.head, count, [&](int64_t i, const Activations& a) {
+      normalize(stream + batch.output_rows[first + i] * C, model_.norm_f_weight, model_.norm_f_bias,
+                normed + i * C);
+      kernels().convert_row(normed + i * C, model_.head, a, i);
+    });
+    linear_.multiply(model_.head, count, logits, V, false, Activation::kNone);
+    Team::get().run(count, [&](int64_t i, int) { f(first + i, logits + i * V); });
+  }
+}
+
+void Decoder::hidden(const Batch& batch, float* out) {
+  prepare(batch);
+  run_blocks(batch);
+  const int64_t C = round_up(model_.config.n_embd, kLanes), width = model_.config.n_embd;
+  const float* stream = stream_.get(0);
+  float* normed = normed_.get(batch.num_outputs * C);
+  Team::get().run(batch.num_outputs, [&](int64_t i, int) {
+    float* row = normed + i * C;
+    normalize(stream + batch.output_rows[i] * C, model_.norm_f_weight, model_.norm_f_bias, row);
+    std::copy_n(row, width, out + i * width);
+  });
+}
+
+void Decoder::logits(const Batch& batch, float* out) {
+  prepare(batch);
+  run_blocks(batch);
+  for_logits(batch, out, [](int64_t, const float*) {});
+}
+
+void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
+  const int64_t V = model_.config.vocab_size;
+  for (int64_t i = 0; i < batch.num_outputs; ++i) {
+    if (targets[i] < 0 || targets[i] >= V) {
+      fail("targets must be in [0, " + text(V) + "), got " + text(targets[i]));
+    }
+  }
+  prepare(batch);
+  run_blocks(batch);
+  for_logits(batch, nullptr, [&](int64_t i, const float* logits) {
+    out[i] = logits[targets[i]] - kernels().log_sum_exp(logits, static_cast<int>(V));
+  });
+}
+
+void Decoder::sample(const Batch& batch, const DrawSettings* settings, Drawn* out) {
+  prepare(batch);
+  run_blocks(batch);
+  for_logits(batch, nullptr, [&](int64_t i, const float* logits) {
+    out[i] = draw(logits, model_.config.vocab_size, settings[i]);
+  });
+}
+
+}  // namespace leangpt::cpu

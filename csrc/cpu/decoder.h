@@ -1,0 +1,74 @@
+// Runs a packed model over growing sequences. One step takes a flat batch of tokens: a piece of a
+// prompt is many tokens of one sequence, decoding is one token of each of many, and a batch may mix
+// both.
+//
+// The results of a sequence have the same bits whatever else is in the batch, however its tokens
+// were cut into steps, and with any number of threads: every sum runs in an order that depends on
+// the sequence alone (linear-inl.h, attention-inl.h), and threads share out whole rows, heads and
+// outputs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "kv_cache.h"
+#include "linear.h"
+#include "model.h"
+#include "sampling.h"
+
+namespace leangpt::cpu {
+
+struct Batch {
+  const int64_t *tokens, *sequences, *positions;
+  int64_t num_tokens;
+  const int64_t* output_rows;
+  int64_t num_outputs;
+};
+
+class Decoder {
+ public:
+  Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks);
+
+  KvCache& cache() { return cache_; }
+
+  // Append the tokens to their sequences; write (num_outputs, n_embd) hidden states behind the
+  // final norm, (num_outputs, vocab_size) logits, or the log-probability of each target. Throws
+  // std::invalid_argument or CacheFull, with nothing appended.
+  void hidden(const Batch& batch, float* out);
+  void logits(const Batch& batch, float* out);
+  void logprobs(const Batch& batch, const int64_t* targets, float* out);
+  // Draw a token for each output row, by its settings.
+  void sample(const Batch& batch, const DrawSettings* settings, Drawn* out);
+
+ private:
+  struct Row {
+    Sequence* sequence;
+    int64_t position;
+  };
+  // Consecutive rows of one sequence that attend together.
+  struct Tile {
+    int64_t first_row;
+    int rows;
+  };
+
+  void prepare(const Batch& batch);
+  void run_blocks(const Batch& batch);
+  void attend(int layer, const float* qkv, float* out);
+  void norm_and_multiply(const float* weight, const float* bias, const Matrix& w, float* out,
+                         int64_t stride, Activation activation);
+  void add_product(const float* x, int64_t stride, const Matrix& w);
+  void normalize(const float* x, const float* weight, const float* bias, float* out) const;
+  // Calls f(first, count, logits) for some output rows at a time.
+  template <class F>
+  void for_logits(const Batch& batch, float* out, const F& f);
+
+  const Model model_;
+  KvCache cache_;
+  std::vector<Row> rows_;
+  std::vector<Tile> tiles_;
+  Linear linear_;
+  Buffer<float> stream_, normed_, qkv_, attended_, inner_, states_, rotations_, logits_;
+};
+
+}  // namespace leangpt::cpu

@@ -1,0 +1,39 @@
+// Products of rows of activations with packed matrices, on all threads: first the rows take the
+// form that the matrix multiplies, then tiles of the product are shared out.
+#pragma once
+
+#include <cstdint>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace leangpt::cpu {
+
+class Linear {
+ public:
+  // Room for rows that `w` will multiply; `f(row, activations)` puts each there with
+  // kernels().convert_row.
+  template <class F>
+  void convert(const Matrix& w, int64_t rows, const F& f);
+
+  // out (rows, stride) = activation(rows w^T + bias), or += if it adds.
+  void multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
+                Activation activation);
+
+ private:
+  void make_room(const Matrix& w, int64_t rows);
+
+  Activations activations_;
+  Buffer<uint8_t> rows_;
+  Buffer<float> scales_, sums_, tiles_;
+  Buffer<int32_t> offsets_;
+};
+
+template <class F>
+void Linear::convert(const Matrix& w, int64_t rows, const F& f) {
+  make_room(w, rows);
+  Team::get().run(rows, [&](int64_t row, int) { f(row, activations_); });
+}
+
+}  // namespace leangpt::cpu

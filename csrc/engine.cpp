@@ -1,0 +1,181 @@
+// The C interface of the CPU decode engine, for kernels/decode.py. It knows no torch: text is
+// generated from a packed file without loading it. A function returns 0, or the kind of an error
+// whose message leangpt_error() tells.
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/decoder.h"
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+
+#define LEANGPT_EXPORT extern "C" __attribute__((visibility("default")))
+
+using leangpt::cpu::Batch;
+using leangpt::cpu::Decoder;
+using leangpt::cpu::Matrix;
+
+namespace {
+
+enum Status : int { kOk = 0, kInvalid = 1, kCacheFull = 2, kFailed = 3 };
+
+thread_local std::string error;
+
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return kOk;
+  } catch (const leangpt::cpu::CacheFull& e) {
+    error = e.what();
+    return kCacheFull;
+  } catch (const std::invalid_argument& e) {
+    error = e.what();
+    return kInvalid;
+  } catch (const std::bad_alloc&) {
+    error = "out of memory";
+    return kFailed;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return kFailed;
+  }
+}
+
+}  // namespace
+
+LEANGPT_EXPORT const char* leangpt_error() { return error.c_str(); }
+
+LEANGPT_EXPORT int leangpt_isa(const char** name) {
+  return guarded([&] { *name = leangpt::cpu::isa_name(leangpt::cpu::active_isa()); });
+}
+
+LEANGPT_EXPORT int leangpt_set_threads(int count) {
+  return guarded([&] { leangpt::cpu::Team::get().set_num_threads(count); });
+}
+
+LEANGPT_EXPORT int leangpt_num_threads() { return leangpt::cpu::Team::get().num_threads(); }
+
+LEANGPT_EXPORT int leangpt_kv_block_size() { return leangpt::cpu::KvCache::kBlockSize; }
+
+// Bytes of the packed data, scales and minimums of a matrix whose kind, n, k and group are filled
+// in.
+LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
+  const int64_t scales = int64_t{w->panels()} * w->groups() * leangpt::cpu::kLanes;
+  const bool is_integer =
+      w->kind == leangpt::cpu::WeightKind::kInt8 || w->kind == leangpt::cpu::WeightKind::kInt4;
+  bytes[0] = w->panels() * w->panel_bytes();
+  bytes[1] = !is_integer ? 0 : w->group == 0 ? scales * 4 : scales * 2;
+  bytes[2] = is_integer && w->group != 0 ? scales * 2 : 0;
+}
+
+// Pack rows of float32 (or bfloat16) into the memory that `w` points to. Row i of the matrix is
+// source[row_of[i]], a zero row where that is negative; row_of has round_up(n, 16) entries.
+LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16,
+                                const int64_t* row_of) {
+  return guarded([&] {
+    using namespace leangpt::cpu;
+    const int64_t k = w->k, padded_k = w->padded_k(), groups = w->groups();
+    Team& team = Team::get();
+    const int64_t room_floats = (kLanes + 1) * padded_k;
+    std::vector<float> rooms(team.num_threads() * room_floats, 0.0f);
+    team.run(w->panels(), [&](int64_t panel, int thread) {
+      float* room = rooms.data() + thread * room_floats;
+      const float* rows[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = row_of[panel * kLanes + lane];
+        float* copy = room + lane * padded_k;
+        rows[lane] = copy;
+        if (row < 0) {
+          std::fill_n(copy, padded_k, 0.0f);
+        } else if (is_bf16) {
+          const uint16_t* from = static_cast<const uint16_t*>(source) + row * k;
+          for (int64_t i = 0; i < k; ++i) {
+            const uint32_t bits = uint32_t{from[i]} << 16;
+            std::memcpy(copy + i, &bits, 4);
+          }
+        } else {
+          std::memcpy(copy, static_cast<const float*>(source) + row * k, k * sizeof(float));
+        }
+      }
+      const int64_t at = panel * groups * kLanes;
+      auto* scales = static_cast<uint8_t*>(const_cast<void*>(w->scales));
+      kernels().pack_panel(*w, rows, const_cast<uint8_t*>(w->data) + panel * w->panel_bytes(),
+                           scales ? scales + at * (w->group == 0 ? 4 : 2) : nullptr,
+                           w->minimums ? const_cast<uint16_t*>(w->minimums) + at : nullptr);
+    });
+  });
+}
+
+// One row of a packed matrix as the products see it: round_up(k, 16) floats.
+LEANGPT_EXPORT void leangpt_unpack_row(const Matrix* w, int row, float* out) {
+  leangpt::cpu::kernels().unpack_row(*w, row, out);
+}
+
+// The product of (rows, round_up(k, 16)) activations with a packed matrix, for tests and benchmarks
+// of that alone.
+LEANGPT_EXPORT int leangpt_linear(const Matrix* w, const float* x, int64_t rows, float* out) {
+  return guarded([&] {
+    const int64_t stride = leangpt::cpu::round_up(w->k, leangpt::cpu::kLanes);
+    leangpt::cpu::Linear linear;
+    linear.convert(*w, rows, [&](int64_t row, const leangpt::cpu::Activations& a) {
+      leangpt::cpu::kernels().convert_row(x + row * stride, *w, a, row);
+    });
+    linear.multiply(*w, rows, out, w->n, false, leangpt::cpu::Activation::kNone);
+  });
+}
+
+LEANGPT_EXPORT int leangpt_decoder_new(const leangpt::cpu::Model* model, int kv_kind,
+                                       int32_t num_blocks, Decoder** decoder) {
+  return guarded([&] {
+    *decoder = new Decoder(*model, static_cast<leangpt::cpu::KvKind>(kv_kind), num_blocks);
+  });
+}
+
+LEANGPT_EXPORT void leangpt_decoder_delete(Decoder* decoder) { delete decoder; }
+
+LEANGPT_EXPORT int64_t leangpt_add_sequence(Decoder* decoder) { return decoder->cache().add(); }
+
+LEANGPT_EXPORT int leangpt_fork(Decoder* decoder, int64_t sequence, int64_t* copy) {
+  return guarded([&] { *copy = decoder->cache().fork(sequence); });
+}
+
+LEANGPT_EXPORT int leangpt_truncate(Decoder* decoder, int64_t sequence, int64_t length) {
+  return guarded([&] { decoder->cache().truncate(sequence, length); });
+}
+
+LEANGPT_EXPORT int leangpt_drop(Decoder* decoder, int64_t sequence) {
+  return guarded([&] { decoder->cache().drop(sequence); });
+}
+
+LEANGPT_EXPORT int32_t leangpt_free_blocks(Decoder* decoder) {
+  return decoder->cache().free_blocks();
+}
+
+LEANGPT_EXPORT int leangpt_hidden(Decoder* decoder, const Batch* batch, float* out) {
+  return guarded([&] { decoder->hidden(*batch, out); });
+}
+
+LEANGPT_EXPORT int leangpt_logits(Decoder* decoder, const Batch* batch, float* out) {
+  return guarded([&] { decoder->logits(*batch, out); });
+}
+
+LEANGPT_EXPORT int leangpt_logprobs(Decoder* decoder, const Batch* batch, const int64_t* targets,
+                                    float* out) {
+  return guarded([&] { decoder->logprobs(*batch, targets, out); });
+}
+
+LEANGPT_EXPORT int leangpt_sample(Decoder* decoder, const Batch* batch,
+                                  const leangpt::cpu::DrawSettings* settings,
+                                  leangpt::cpu::Drawn* out) {
+  return guarded([&] { decoder->sample(*batch, settings, out); });
+}
+
+LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,
+                                const leangpt::cpu::DrawSettings* settings,
+                                leangpt::cpu::Drawn* out) {
+  return guarded([&] { *out = leangpt::cpu::draw(logits, vocab_size, *settings); });
+}

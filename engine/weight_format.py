@@ -1,0 +1,47 @@
+"""How weights are stored for decoding on a CPU, and what activations they are multiplied with."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
+
+Kind = Literal["fp32", "bf16", "int8", "int4"]
+
+_PATTERN = re.compile(r"(fp32|bf16|int8|int4)(_asym)?(?:_g(32|64|128))?(_dynamic)?")
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A format, written `fp32`, `bf16`, `int8[_gN][_dynamic]` or `int4[_asym][_gN][_dynamic]`, N one of 32, 64, 128.
+
+    An integer q stands for `scale * q`, asymmetric for `scale * q + minimum`; int8 has a scale for each output or, with
+    `_gN`, for each N inputs of it, int4 always the latter (32 unless given). Integers are multiplied with activations of 24
+    bits, as exact as float32, or with `_dynamic` of 8 bits, both with a scale for each token (each N inputs of a token).
+    """
+
+    kind: Kind
+    group: int = 0  # inputs that share a scale; 0: all of an output
+    is_asymmetric: bool = False
+    is_dynamic: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        match = _PATTERN.fullmatch(name)
+        kind, asymmetric, group, dynamic = match.groups() if match else ("", None, None, None)
+        is_integer = kind in ("int8", "int4")
+        if not match or (asymmetric and kind != "int4") or ((group or dynamic) and not is_integer):
+            raise ValueError(
+                "format must be fp32, bf16, int8[_gN][_dynamic] or int4[_asym][_gN][_dynamic] with N 32, 64 or 128, "
+                f"got {name!r}"
+            )
+        default_group = 32 if kind == "int4" else 0
+        return cls(kind, int(group) if group else default_group, bool(asymmetric), bool(dynamic))
+
+    def __str__(self) -> str:
+        group = f"_g{self.group}" if self.group and (self.kind, self.group) != ("int4", 32) else ""
+        asymmetric = "_asym" if self.is_asymmetric else ""
+        return f"{self.kind}{asymmetric}{group}{'_dynamic' if self.is_dynamic else ''}"
+
+    @property
+    def digits(self) -> int:
+        """Bytes of an integer activation."""
+        return 1 if self.is_dynamic else 3

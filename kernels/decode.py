@@ -1,0 +1,213 @@
+"""The CPU decode engine (csrc/engine.cpp) behind ctypes and numpy: it needs no torch.
+
+The structures are the twins of those in csrc/cpu/kernels.h, model.h, decoder.h and sampling.h. Calls release the GIL.
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+LANES = 16  # outputs of a panel; vectors are padded to a multiple of it
+
+FP32, BF16, INT8, INT4 = range(4)  # kinds of weights
+ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu2": 3, "swiglu": 4}
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("minimums", c_void_p),
+        ("bias", c_void_p),
+        ("kind", c_int32),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("group", c_int32),
+        ("digits", c_int32),
+    ]
+
+
+class ModelConfig(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd")),
+        *((name, c_int32) for name in ("n_inner", "vocab_size", "max_seq_len", "is_rms_norm")),
+        ("sliding_window", c_int32),
+        ("activation", c_int32),
+        ("norm_eps", c_float),
+    ]
+
+
+class Layer(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm_1_weight", "norm_1_bias")),
+        *((name, c_void_p) for name in ("norm_2_weight", "norm_2_bias", "q_norm", "k_norm")),
+        *((name, Matrix) for name in ("qkv", "attn_out", "mlp_in", "mlp_out")),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        ("config", ModelConfig),
+        ("layers", POINTER(Layer)),
+        *((name, c_void_p) for name in ("norm_f_weight", "norm_f_bias")),
+        *((name, c_void_p) for name in ("positions", "frequencies")),
+        ("rope_magnitude", c_float),
+        ("embedding", Matrix),
+        ("head", Matrix),
+    ]
+
+
+class Batch(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("tokens", "sequences", "positions")),
+        ("num_tokens", c_int64),
+        ("output_rows", c_void_p),
+        ("num_outputs", c_int64),
+    ]
+
+
+class DrawSettings(Structure):
+    _fields_ = [
+        *((name, c_double) for name in ("temperature", "top_p", "min_p")),
+        *((name, c_double) for name in ("repetition_penalty", "presence_penalty")),
+        ("seed", ctypes.c_uint64),
+        *((name, c_int64) for name in ("sample_index", "position", "top_k", "vocab_limit")),
+        ("context", c_void_p),
+        ("context_length", c_int64),
+        ("text", c_void_p),
+        ("text_length", c_int64),
+        ("num_logprobs", c_int64),
+        *((name, c_void_p) for name in ("top_tokens", "top_logprobs")),
+    ]
+
+
+class Drawn(Structure):
+    _fields_ = [("token", c_int64), ("logprob", c_double)]
+
+
+class CacheFullError(RuntimeError):
+    """The key/value cache has no page left for what was asked; nothing was changed."""
+
+
+_PATH = Path(__file__).with_name("_engine.so")
+unavailable_reason = (
+    None
+    if _PATH.exists()
+    else "not built: install a C++ compiler, then run `make build` or reinstall leangpt"
+)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded engine.
+
+    Raises:
+        RuntimeError: it was not built, or $LEANGPT_CPU_ISA asks for what this CPU lacks.
+        ValueError: $LEANGPT_THREADS is not a positive number.
+    """
+    if unavailable_reason:
+        raise RuntimeError(f"the native decode engine is {unavailable_reason}")
+    lib = ctypes.CDLL(str(_PATH))
+    lib.leangpt_error.restype = ctypes.c_char_p
+    lib.leangpt_packed_bytes.restype = None
+    lib.leangpt_add_sequence.restype = c_int64
+    lib.leangpt_free_blocks.restype = c_int32
+    for name in ("leangpt_add_sequence", "leangpt_free_blocks", "leangpt_decoder_delete"):
+        getattr(lib, name).argtypes = [c_void_p]
+    for name in ("leangpt_fork", "leangpt_truncate", "leangpt_drop"):
+        getattr(lib, name).argtypes = [c_void_p, c_int64]
+    lib.leangpt_fork.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
+    lib.leangpt_truncate.argtypes = [c_void_p, c_int64, c_int64]
+    lib.leangpt_pack.argtypes = [POINTER(Matrix), c_void_p, c_int, c_void_p]
+    lib.leangpt_unpack_row.argtypes = [POINTER(Matrix), c_int, c_void_p]
+    lib.leangpt_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p]
+    lib.leangpt_decoder_new.argtypes = [POINTER(Model), c_int, c_int32, POINTER(c_void_p)]
+    for name in ("leangpt_hidden", "leangpt_logits"):
+        getattr(lib, name).argtypes = [c_void_p, POINTER(Batch), c_void_p]
+    lib.leangpt_logprobs.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p]
+    lib.leangpt_sample.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p]
+    lib.leangpt_draw.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    _check(lib, lib.leangpt_isa(byref(ctypes.c_char_p())))
+    threads = os.environ.get("LEANGPT_THREADS")
+    if threads is not None:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(f"LEANGPT_THREADS must be a positive number, got {threads!r}")
+        _check(lib, lib.leangpt_set_threads(int(threads)))
+    return lib
+
+
+def _check(lib: ctypes.CDLL, status: int) -> None:
+    if status:
+        kind = {1: ValueError, 2: CacheFullError}.get(status, RuntimeError)
+        raise kind(lib.leangpt_error().decode())
+
+
+def check(status: int) -> None:
+    """Raise the error that a call to the engine reported, if it did."""
+    _check(library(), status)
+
+
+def cpu_isa() -> str | None:
+    """The vector instructions of the kernels: "avx512_bf16", "avx512", "avx2" or "portable"; None without the engine."""
+    if unavailable_reason:
+        return None
+    name = ctypes.c_char_p()
+    check(library().leangpt_isa(byref(name)))
+    assert name.value is not None
+    return name.value.decode()
+
+
+def num_threads() -> int:
+    return library().leangpt_num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Threads of the engine, the caller among them, for the whole process; not while it is running."""
+    check(library().leangpt_set_threads(count))
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def packed_bytes(matrix: Matrix) -> tuple[int, int, int]:
+    """Bytes of data, scales and minimums of a matrix whose kind, n, k and group are set."""
+    sizes = (c_int64 * 3)()
+    library().leangpt_packed_bytes(byref(matrix), sizes)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def pack(matrix: Matrix, source: np.ndarray, row_of: np.ndarray) -> None:
+    """Pack `source`, `(rows, k)` float32 or the bits of bfloat16 as uint16, into the memory that the matrix points to.
+
+    Row i of the matrix is `source[row_of[i]]`, or zero where that is negative; `row_of` has a multiple of 16 entries.
+    """
+    source = np.ascontiguousarray(source)
+    row_of = np.ascontiguousarray(row_of, dtype=np.int64)
+    assert source.dtype in (np.float32, np.uint16)
+    assert source.shape[1] == matrix.k
+    assert len(row_of) == -(-matrix.n // LANES) * LANES
+    is_bf16 = int(source.dtype == np.uint16)
+    check(library().leangpt_pack(byref(matrix), address(source), is_bf16, address(row_of)))
+
+
+def unpack(matrix: Matrix) -> np.ndarray:
+    """The weights that products see, `(n, k)` float32."""
+    width = -(-matrix.k // LANES) * LANES
+    out = np.empty((matrix.n, width), dtype=np.float32)
+    for row in range(matrix.n):
+        library().leangpt_unpack_row(byref(matrix), row, address(out[row]))
+    return out[:, : matrix.k]
+
+
+def linear(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """`x w^T + bias` for `x` `(rows, k)` float32: `(rows, n)` float32."""
+    padded = np.zeros((len(x), -(-matrix.k // LANES) * LANES), dtype=np.float32)
+    padded[:, : matrix.k] = x
+    out = np.empty((len(x), matrix.n), dtype=np.float32)
+    check(library().leangpt_linear(byref(matrix), address(padded), len(x), address(out)))
+    return out

@@ -51,24 +51,29 @@ class Batcher:
             if self._is_closed:
                 raise RuntimeError("the generator is closed: make a new one")
             self._inbox += jobs
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="leangpt", daemon=True)
-                self._thread.start()
+            self._start_thread()
 
     @contextmanager
     def running(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Submit jobs, and cancel those that are not done at the end of the `with` block."""
-        self.submit(jobs)
         try:
+            self.submit(jobs)
             yield
         finally:
-            for job in jobs:
-                self.cancel(job)
-            for job in jobs:
-                job.wait()
+            self.cancel(jobs)
 
-    def cancel(self, job: Job) -> None:
-        """End a job that was submitted after the step that is running; `job.wait()` waits for that."""
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """End jobs, in whatever state they are; on return that has happened."""
+        for job in jobs:
+            self.abandon(job)
+        with self._lock:
+            if not all(job.is_done for job in jobs):
+                self._start_thread()  # Ctrl-C may have come before `submit` did
+        for job in jobs:
+            job.wait()
+
+    def abandon(self, job: Job) -> None:
+        """Have a job ended after the step that is running."""
         # no lock: the garbage collector may call this, in the middle of anything
         if not job.is_done:
             self._to_cancel.append(job)
@@ -82,21 +87,26 @@ class Batcher:
         if thread is not None:
             thread.join()
 
+    def _start_thread(self) -> None:
+        if (
+            self._thread is None or not self._thread.is_alive()
+        ):  # not alive: in a process that was forked
+            self._thread = threading.Thread(target=self._run, name="leangpt", daemon=True)
+            self._thread.start()
+
     def _is_open_to_jobs(self) -> bool:
         num_waiting = self._scheduler.num_waiting + len(self._inbox)
         return self._is_closed or num_waiting < self.max_waiting
 
     def _run(self) -> None:
         while self._take_in():
-            while self._to_cancel:
-                self._end(self._to_cancel.popleft(), CancelledError("it was cancelled"))
             self._compute()
             # what waits for pages must get them, however many generations come
             is_starved = bool(self._computations) and not self._computations[0].is_started
             self._scheduler.step(may_start=not is_starved)
 
     def _take_in(self) -> bool:
-        """Take what was submitted; whether there is work."""
+        """Take what was submitted, and end what was cancelled; whether there is work."""
         with self._has_room:
             while self._inbox:
                 job = self._inbox.popleft()
@@ -106,6 +116,8 @@ class Batcher:
                     self._computations.append(job)
                 elif isinstance(job, Generation):
                     self._scheduler.add(job)
+            while self._to_cancel:
+                self._end(self._to_cancel.popleft(), CancelledError("it was cancelled"))
             if self._is_closed:
                 for job in (*self._scheduler.jobs, *self._computations):
                     self._end(job, RuntimeError("the generator was closed"))

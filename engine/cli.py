@@ -27,7 +27,7 @@ class Generate:
     prompt: Positional[str | None] = None  # "-": read standard input
     model: str = str(
         DEMO_RUN
-    )  # hub id, Hugging Face folder, run or checkpoint; by default the demo's
+    )  # hub id, Hugging Face folder, run, checkpoint or packed model; by default the demo's
     file: Path | None = None  # read the prompt from this file
     each_line: bool = False  # every line of the file or of standard input is a prompt of its own
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
@@ -39,8 +39,16 @@ class Generate:
     overflow: Literal["error", "truncate"] = (
         "error"  # prompt too long for the context: refuse or cut its left
     )
+    speculate: int = (
+        0  # guess so many tokens at a time from what the text has repeated: same text, sooner
+    )
+    format: str | None = (
+        None  # of the weights on a CPU, such as int8; by default that of the packed model, or dtype
+    )
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = (
+        None  # by default float32, where the model is not packed
+    )
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,11 @@ def _generate(argv: Sequence[str]) -> None:
     from .generator import Generator
 
     generator = Generator.from_pretrained(
-        options.model, device=_device(options.device), dtype=options.dtype
+        options.model,
+        format=options.format,
+        dtype=options.dtype,
+        device=options.device,
+        speculate=options.speculate,
     )
     if options.interactive:
         _converse(generator, options)
@@ -148,7 +160,13 @@ def _generate(argv: Sequence[str]) -> None:
             completion = generator.chat(_messages(options, prompt), options.sampling)
             _print_completion(dataclasses.replace(completion, prompt_index=i), options, prompts)
     else:
-        for completion in generator.generate(prompts, options.sampling, overflow=options.overflow):
+        completions = generator.generate(
+            prompts,
+            options.sampling,
+            overflow=options.overflow,
+            progress=len(prompts) > 1 and sys.stderr.isatty(),
+        )
+        for completion in completions:
             _print_completion(completion, options, prompts)
 
 
@@ -224,12 +242,6 @@ def _info(argv: Sequence[str]) -> None:
             print(f"{name:18} {value}")
 
 
-def _device(name: str) -> str:
-    from .machine import default_device
-
-    return default_device() if name == "auto" else name
-
-
 COMMANDS = {
     "prepare": (_prepare, "turn text files into token shards"),
     "train": (_train, "train a GPT on prepared data"),
@@ -267,10 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"leangpt: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from .machine import use_threads
-
     try:
-        use_threads()
+        if "LEANGPT_THREADS" in os.environ:  # imports torch, which not every command needs
+            from .machine import use_threads
+
+            use_threads()
         COMMANDS[argv[0]][0](argv[1:])
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

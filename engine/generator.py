@@ -16,7 +16,7 @@ from .completion import Completion, Draft
 from .config import SamplingParams
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .decoder import Decoder
-from .decoder_choice import decoder_of, packed_file
+from .decoder_choice import decoder_of, load_decoder
 from .handle import Handle
 from .job import Computation, Generation
 from .prompt import Overflow, Prompt, PromptReader, as_list
@@ -90,25 +90,10 @@ class Generator:
         """Load a model with its tokenizer and chat template.
 
         Args:
-            name: a packed model (`*.leangpt`, or a folder with a model.leangpt), which is read without torch; else a hub
-                id or a folder, see `resolve_model`.
-            format: in which the native decoder holds the weights, such as "int8"; None: that of the packed file, or
-                `dtype`.
-            dtype, device: as of `load_model`, where the model is not packed.
+            name, format, dtype, device: see `load_decoder`.
             options: of `Generator`.
         """
-        packed = packed_file(name) if format is None and dtype is None else None
-        if packed is not None:
-            from .native_decoder import NativeDecoder  # type: ignore[import-not-found]
-
-            decoder: Decoder = NativeDecoder.from_packed(packed)
-            folder = packed.parent
-        else:
-            from .pretrained import load_model, resolve_model
-
-            path = resolve_model(name)
-            decoder = decoder_of(load_model(path, dtype=dtype, device=device), format)
-            folder = path if path.is_dir() else path.parent
+        decoder, folder = load_decoder(name, format=format, dtype=dtype, device=device)
         return cls(decoder, load_tokenizer(folder), ChatTemplate.load(folder), **options)
 
     def close(self) -> None:
@@ -140,8 +125,9 @@ class Generator:
             ValueError, TypeError: as `generate`.
         """
         [job] = self._generations([prompt], params, overflow)
+        handle = Handle(job, self._batcher)
         self._batcher.submit([job], timeout)
-        return Handle(job, self._batcher)
+        return handle
 
     def generate(
         self,

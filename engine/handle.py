@@ -21,7 +21,7 @@ class Handle:
         self._batcher = batcher
 
     def __del__(self) -> None:
-        self._batcher.cancel(self._job)
+        self._batcher.abandon(self._job)
 
     @property
     def done(self) -> bool:
@@ -30,8 +30,7 @@ class Handle:
 
     def cancel(self) -> None:
         """End the work and free its memory; on return that has happened. After the end it does nothing."""
-        self._batcher.cancel(self._job)
-        self._job.wait()
+        self._batcher.cancel([self._job])
 
     def result(self, timeout: float | None = None) -> list[Completion]:
         """The `n` completions, once they are finished.

@@ -43,7 +43,7 @@ class RuleDecoder:
         self.num_rows: list[int] = []  # of each step
         self.most_sequences = 0
         self.most_pages = 0
-        self.fails_at_step: int | None = None
+        self.fails_at_step: int | None = None  # and then no more
         self.error: type[BaseException] = KeyboardInterrupt
         self.permits: Semaphore | None = None  # one for each step; None: as many as it likes
 
@@ -85,6 +85,7 @@ class RuleDecoder:
         if self.permits is not None:
             self.permits.acquire()
         if len(self.num_rows) == self.fails_at_step:
+            self.fails_at_step = None
             raise self.error("as the test wants it")
         self.num_rows.append(len(tokens))
         columns = [np.asarray(column) for column in (tokens, sequences, positions)]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .decoder import Decoder
+from .native_decoder import NativeDecoder, native_obstacle
 
 if TYPE_CHECKING:  # a packed model runs without torch
     import torch
@@ -19,6 +20,7 @@ def load_decoder(
     format: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str" = "cpu",
+    num_blocks: int | None = None,
 ) -> tuple[Decoder, Path]:
     """Load a model into the decoder that runs it; with the folder that its tokenizer is in.
 
@@ -28,6 +30,7 @@ def load_decoder(
         format: in which the native decoder holds the weights, such as "int8"; None: that of the packed file, or `dtype`.
         dtype: as of `load_model`, where the model is not packed.
         device: where it runs; "auto": on a GPU, where there is one and the model need not be on the CPU.
+        num_blocks: pages in the native decoder's cache, see there.
 
     Raises:
         ValueError: a packed file is to have another format, dtype or device than it has.
@@ -36,9 +39,7 @@ def load_decoder(
     packed = _packed_file(name)
     if packed is not None:
         if format is None and dtype is None and str(device) in ("cpu", "auto"):
-            from .native_decoder import NativeDecoder
-
-            return NativeDecoder.from_packed(packed), packed.parent
+            return NativeDecoder.from_packed(packed, num_blocks=num_blocks), packed.parent
         if packed == Path(name):
             raise ValueError(
                 f"{name} is packed, for the CPU and in a format of its own: leave out format, dtype and device, or name "
@@ -49,29 +50,36 @@ def load_decoder(
 
     path = resolve_model(name)
     if device == "auto":
-        device = default_device() if format is None else "cpu"
+        needs_cpu = format is not None or num_blocks is not None
+        device = "cpu" if needs_cpu else default_device()
     model = load_model(path, dtype=dtype, device=device)
-    return decoder_of(model, format), path if path.is_dir() else path.parent
+    decoder = decoder_of(model, format=format, num_blocks=num_blocks)
+    return decoder, path if path.is_dir() else path.parent
 
 
-def decoder_of(model: "GPT", format: str | None = None) -> Decoder:
+def decoder_of(
+    model: "GPT", *, format: str | None = None, num_blocks: int | None = None
+) -> Decoder:
     """A decoder of a model.
 
-    The native one packs a copy of the weights, so that training does not change it any more.
+    The native one packs a copy of the weights, which training does not change any more.
 
     Args:
         format: in which the native decoder holds the weights, such as "int8"; None: that of the model's dtype.
+        num_blocks: pages in the native decoder's cache, see there.
 
     Raises:
-        ValueError: a format was asked for, and the native decoder cannot run the model.
+        ValueError: one of these was asked for, and the native decoder cannot run the model.
     """
-    obstacle = _native_obstacle(model)
+    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
+    obstacle = native_obstacle(model.config, dtype)
+    if model.device.type != "cpu":
+        obstacle = f"the model is on {model.device}, not on a CPU"
     if obstacle is None:
-        from .native_decoder import NativeDecoder
-
-        return NativeDecoder.from_model(model, format or _FORMATS[_dtype_of(model)])
-    if format is not None:
-        raise ValueError(f"format={format!r} needs the native decoder, but {obstacle}")
+        return NativeDecoder.from_model(model, format or _FORMATS[dtype], num_blocks=num_blocks)
+    for name, value in (("format", format), ("num_blocks", num_blocks)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} needs the native decoder, but {obstacle}")
     from .torch_decoder import TorchDecoder
 
     return TorchDecoder(model)
@@ -83,20 +91,3 @@ def _packed_file(name: str) -> Path | None:
     if path.suffix != ".leangpt":
         path = path / "model.leangpt"
     return path if path.is_file() else None
-
-
-def _native_obstacle(model: "GPT") -> str | None:
-    """Why the native decoder cannot run the model, or None where it can."""
-    try:
-        from .native_decoder import native_obstacle
-    except ModuleNotFoundError:
-        return "it is not there yet"
-    if model.device.type != "cpu":
-        return f"the model is on {model.device}, not on the CPU"
-    if _dtype_of(model) not in _FORMATS:
-        return f"the weights must be {' or '.join(_FORMATS)}, got {_dtype_of(model)}"
-    return native_obstacle(model.config, _dtype_of(model))
-
-
-def _dtype_of(model: "GPT") -> str:
-    return str(model.wte.weight.dtype).removeprefix("torch.")

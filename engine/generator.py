@@ -85,15 +85,18 @@ class Generator:
         format: str | None = None,
         dtype: "torch.dtype | str | None" = None,
         device: "torch.device | str" = "cpu",
+        num_blocks: int | None = None,
         **options: Any,
     ) -> Self:
         """Load a model with its tokenizer and chat template.
 
         Args:
-            name, format, dtype, device: see `load_decoder`.
+            name, format, dtype, device, num_blocks: see `load_decoder`.
             options: of `Generator`.
         """
-        decoder, folder = load_decoder(name, format=format, dtype=dtype, device=device)
+        decoder, folder = load_decoder(
+            name, format=format, dtype=dtype, device=device, num_blocks=num_blocks
+        )
         return cls(decoder, load_tokenizer(folder), ChatTemplate.load(folder), **options)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The generator: batching, stopping, streaming, scoring; on a decoder that is a rule, and on small models."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,11 @@ from torch import Tensor
 from leangpt import GPT, SamplingParams
 from leangpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from leangpt.generator import Generator
+from leangpt.kernels import decode
+from leangpt.native_decoder import NativeDecoder
 from leangpt.pretrained import save_pretrained
 from leangpt.stop import StopText
+from leangpt.torch_decoder import TorchDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -629,3 +633,59 @@ class TestFromPretrained:
         save_pretrained(small_model(), tmp_path, format="native")
         with pytest.raises(FileNotFoundError, match="no tokenizer"):
             Generator.from_pretrained(str(tmp_path))
+
+
+class TestDecoderChoice:
+    @pytest.fixture
+    def native(self, in_ci):
+        if decode.unavailable_reason:
+            assert not in_ci, f"CI must test the engine: {decode.unavailable_reason}"
+            pytest.skip(decode.unavailable_reason)
+
+    @pytest.mark.usefixtures("native")
+    @pytest.mark.parametrize(
+        ("dtype", "format"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")], ids=str
+    )
+    def test_native_on_a_cpu_in_the_dtype_of_the_weights(self, dtype, format):
+        decoder = Generator(small_model().to(dtype)).decoder
+        assert isinstance(decoder, NativeDecoder)
+        assert decoder.packed.format.kind == format
+
+    @pytest.mark.usefixtures("native")
+    def test_a_format_and_a_cache(self, tmp_path):
+        save_pretrained(small_model().float(), tmp_path, ByteTokenizer(), format="native")
+        options = {"format": "int8", "num_blocks": 7, "device": "auto", "max_batch_size": 3}
+        generator = Generator.from_pretrained(str(tmp_path), **options)
+        assert generator.decoder.packed.format.kind == "int8"
+        assert generator.decoder.num_blocks == 7
+        with pytest.raises(ValueError, match="int7"):
+            Generator.from_pretrained(str(tmp_path), format="int7")
+
+    def test_torch_for_what_the_native_one_does_not_know(self):
+        for dtype in (torch.float64, torch.float16):
+            assert isinstance(Generator(small_model().to(dtype)).decoder, TorchDecoder)
+
+    @pytest.mark.parametrize("option", [{"format": "int8"}, {"num_blocks": 9}], ids=str)
+    def test_what_torch_does_not_know(self, tmp_path, option):
+        save_pretrained(small_model(), tmp_path, ByteTokenizer(), format="native")
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* needs the native decoder"):
+            Generator.from_pretrained(str(tmp_path), dtype="float64", **option)
+
+    @pytest.mark.usefixtures("native")
+    @pytest.mark.parametrize("speculate", [0, 5])
+    def test_native_gives_the_same_bits_in_any_company(self, speculate):
+        """Text and numbers, with a cache that all but one request at a time overflow."""
+        model = small_model(position="rotary", n_kv_head=2).float()
+        params = [
+            SamplingParams(max_new_tokens=24, temperature=t, seed=s, logprobs=3, n=2)
+            for s, t in enumerate((0.0, 0.4, 0.8, 1.0, 0.4, 0.7, 0.2))
+        ]
+        generator = Generator(model, ByteTokenizer())
+        alone = [generator.generate(p, q) for p, q in zip(PROMPTS, params, strict=True)]
+        decoder = NativeDecoder.from_model(model, num_blocks=8)
+        crowded = Generator(decoder, ByteTokenizer(), max_batch_tokens=9, speculate=speculate)
+        together = crowded.generate(PROMPTS, params)
+        for i, completions in enumerate(alone):
+            expected = [dataclasses.replace(c, prompt_index=i) for c in completions]
+            assert [c for c in together if c.prompt_index == i] == expected
+        assert decoder.num_free_blocks == 8

@@ -91,6 +91,9 @@ def describe() -> dict[str, str]:
         rows["gpu"] = "none that torch can use"
     for backend, state in describe_backends(device).items():
         rows[f"backend {backend}"] = state
-    for package in ("torch", "triton", "numpy", "tokenizers", "tiktoken", "safetensors"):
+    rows["torch"] = (
+        torch.__version__
+    )  # with the kind of build, which its package's version may lack
+    for package in ("triton", "numpy", "tokenizers", "tiktoken", "safetensors"):
         rows[package] = _version(package)
     return rows

@@ -88,9 +88,8 @@ class Batcher:
             thread.join()
 
     def _start_thread(self) -> None:
-        if (
-            self._thread is None or not self._thread.is_alive()
-        ):  # not alive: in a process that was forked
+        # not alive though there: in a process that was forked
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="leangpt", daemon=True)
             self._thread.start()
 
@@ -103,7 +102,7 @@ class Batcher:
             self._compute()
             # what waits for pages must get them, however many generations come
             is_starved = bool(self._computations) and not self._computations[0].is_started
-            self._scheduler.step(may_start=not is_starved)
+            self._scheduler.step(may_begin=not is_starved)
 
     def _take_in(self) -> bool:
         """Take what was submitted, and end what was cancelled; whether there is work."""

@@ -82,21 +82,24 @@ class Scheduler:
 
     def end(self, job: Generation, error: BaseException | None = None) -> None:
         """Forget a job, in whatever state it is, and tell those who wait for it."""
+        if job in self._waiting:
+            self._waiting.remove(job)
         for running in [r for r in self._running if r.job is job]:
             self._drop(running)
         if job in self._prompts:
             prompt = self._prompts.pop(job)
+            self.budget.give_back(self.budget.blocks_of_prompt(job.request))
             if prompt is not None:
                 self.decoder.drop(prompt.sequence)
-            self.budget.give_back(self.budget.blocks_of_prompt(job.request))
-        if job in self._waiting:
-            self._waiting.remove(job)
         job.finish(error)
 
-    def step(self, may_start: bool = True) -> None:
-        """Start what there is room for, and run the decoder once. What goes wrong ends the jobs that it happened to."""
-        if may_start:
-            self._start_waiting()
+    def step(self, may_begin: bool = True) -> None:
+        """Start what there is room for, and run the decoder once. What goes wrong ends the jobs that it happened to.
+
+        Args:
+            may_begin: whether jobs may start of which nothing has; those that hold a prompt must come to their end.
+        """
+        self._start_waiting(may_begin)
         pieces = self._pieces()
         if not pieces:
             return
@@ -114,9 +117,11 @@ class Scheduler:
             else:
                 job.notify()
 
-    def _start_waiting(self) -> None:
+    def _start_waiting(self, may_begin: bool) -> None:
         while self._waiting and len(self._running) < self.max_batch_size:
             job = self._waiting[0]
+            if not may_begin and job not in self._prompts:
+                return
             try:
                 if not self._start_draft(job):
                     return

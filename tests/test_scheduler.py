@@ -591,6 +591,22 @@ class TestPages:
                 later.result()
         assert generator.decoder.num_rows == [1] * 20 + [40] + [1] * 20
 
+    def test_a_score_does_not_wait_for_a_prompt_that_waits_for_it(self):
+        """Of three completions one runs at a time: the prompt's pages are held in between."""
+        generator = generator_of(endless, kv_block_size=4, num_blocks=5, max_batch_size=1)
+        params = SamplingParams(temperature=0.0, max_new_tokens=5, n=3)
+        with one_step_at_a_time(generator.decoder) as allow_step:
+            several = generator.submit([97] * 9, params)
+            allow_step()
+            wait_until(lambda: len(generator.decoder.num_rows) == 1)
+            with ThreadPoolExecutor(1) as pool:
+                score = pool.submit(generator.score, [[97] * 21])  # all pages
+                wait_until(lambda: len(generator._batcher._inbox) == 1)
+                for _ in range(1 + 15):
+                    allow_step()
+                assert len(score.result()[0].logprobs) == 21
+        assert len(several.result()) == 3
+
 
 class TestProgress:
     def test_it_is_shown_on_standard_error_when_asked_for(self, capsys):

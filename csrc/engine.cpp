@@ -64,7 +64,7 @@ LEANGPT_EXPORT int leangpt_kv_block_size() { return leangpt::cpu::KvCache::kBloc
 // Bytes of the packed data, scales and minimums of a matrix whose kind, n, k and group are filled
 // in.
 LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
-  const int64_t scales = int64_t{w->panels()} * w->groups() * leangpt::cpu::kLanes;
+  const int64_t scales = int64_t{w->panels()} * w->groups() * leangpt::cpu::kPanelWidth;
   const bool is_integer =
       w->kind == leangpt::cpu::WeightKind::kInt8 || w->kind == leangpt::cpu::WeightKind::kInt4;
   bytes[0] = w->panels() * w->panel_bytes();
@@ -73,20 +73,20 @@ LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
 }
 
 // Pack rows of float32 (or bfloat16) into the memory that `w` points to. Row i of the matrix is
-// source[row_of[i]], a zero row where that is negative; row_of has round_up(n, 16) entries.
+// source[row_of[i]], a zero row where that is negative; row_of has round_up(n, 64) entries.
 LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16,
                                 const int64_t* row_of) {
   return guarded([&] {
     using namespace leangpt::cpu;
     const int64_t k = w->k, padded_k = w->padded_k(), groups = w->groups();
     Team& team = Team::get();
-    const int64_t room_floats = (kLanes + 1) * padded_k;
+    const int64_t room_floats = kPanelWidth * padded_k;
     std::vector<float> rooms(team.num_threads() * room_floats, 0.0f);
     team.run(w->panels(), [&](int64_t panel, int thread) {
       float* room = rooms.data() + thread * room_floats;
-      const float* rows[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t row = row_of[panel * kLanes + lane];
+      const float* rows[kPanelWidth];
+      for (int lane = 0; lane < kPanelWidth; ++lane) {
+        const int64_t row = row_of[panel * kPanelWidth + lane];
         float* copy = room + lane * padded_k;
         rows[lane] = copy;
         if (row < 0) {
@@ -101,7 +101,7 @@ LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16
           std::memcpy(copy, static_cast<const float*>(source) + row * k, k * sizeof(float));
         }
       }
-      const int64_t at = panel * groups * kLanes;
+      const int64_t at = panel * groups * kPanelWidth;
       auto* scales = static_cast<uint8_t*>(const_cast<void*>(w->scales));
       kernels().pack_panel(*w, rows, const_cast<uint8_t*>(w->data) + panel * w->panel_bytes(),
                            scales ? scales + at * (w->group == 0 ? 4 : 2) : nullptr,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from leangpt.kernels import decode
-from leangpt.kernels.decode import LANES, Layer, Matrix, Model, ModelConfig
+from leangpt.kernels.decode import LANES, PANEL, Layer, Matrix, Model, ModelConfig
 
 from .config import GPTConfig
 from .files import atomic_write
@@ -40,7 +40,7 @@ def _round_up(n: int, multiple: int = LANES) -> int:
 
 
 def _matrix_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) as the engine sees them: both halves of a gated MLP are padded to whole panels."""
+    """(outputs, inputs) as the engine sees them: both halves of a gated MLP are padded to 16."""
     H, H_kv, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
     F = config.inner_size
     return {
@@ -55,14 +55,14 @@ def _matrix_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
 
 def _row_of(name: str, rows: int, config: GPTConfig) -> np.ndarray:
     """For each row of a packed matrix the row of the model's, -1 for padding."""
-    if name == "mlp_in" and config.is_gated:
-        width = _round_up(config.inner_size)
-        gate = np.full(width, -1)
+    row_of = np.full(_round_up(rows, PANEL), -1)
+    if name == "mlp_in" and config.is_gated:  # 16 of gate, 16 of up, and so on
+        gate = np.full(rows // 2, -1)
         gate[: config.inner_size] = np.arange(config.inner_size)
         up = np.where(gate < 0, -1, gate + config.inner_size)
-        return np.stack((gate.reshape(-1, LANES), up.reshape(-1, LANES)), axis=1).reshape(-1)
-    row_of = np.full(_round_up(rows), -1)
-    row_of[:rows] = np.arange(rows)
+        row_of[:rows] = np.stack((gate, up)).reshape(2, -1, LANES).swapaxes(0, 1).reshape(-1)
+    else:
+        row_of[:rows] = np.arange(rows)
     return row_of
 
 
@@ -265,7 +265,7 @@ def _vector_bytes(name: str, config: GPTConfig) -> int:
     if last in ("q_norm", "k_norm"):
         return _round_up(config.head_size) * 4
     if part == "bias" and last in _MATRICES:
-        return _round_up(_matrix_shapes(config)[last][0]) * 4
+        return _round_up(_matrix_shapes(config)[last][0], PANEL) * 4
     return _round_up(config.n_embd) * 4
 
 

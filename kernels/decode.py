@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-LANES = 16  # outputs of a panel; vectors are padded to a multiple of it
+LANES = 16  # vectors are padded to a multiple of it
+PANEL = 64  # outputs of a panel: the rows of a matrix and its bias are padded to a multiple of it
 
 FP32, BF16, INT8, INT4 = range(4)  # kinds of weights
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "relu2": 3, "swiglu": 4}
@@ -184,13 +185,13 @@ def packed_bytes(matrix: Matrix) -> tuple[int, int, int]:
 def pack(matrix: Matrix, source: np.ndarray, row_of: np.ndarray) -> None:
     """Pack `source`, `(rows, k)` float32 or the bits of bfloat16 as uint16, into the memory that the matrix points to.
 
-    Row i of the matrix is `source[row_of[i]]`, or zero where that is negative; `row_of` has a multiple of 16 entries.
+    Row i of the matrix is `source[row_of[i]]`, or zero where that is negative; `row_of` has a multiple of 64 entries.
     """
     source = np.ascontiguousarray(source)
     row_of = np.ascontiguousarray(row_of, dtype=np.int64)
     assert source.dtype in (np.float32, np.uint16)
     assert source.shape[1] == matrix.k
-    assert len(row_of) == -(-matrix.n // LANES) * LANES
+    assert len(row_of) == -(-matrix.n // PANEL) * PANEL
     is_bf16 = int(source.dtype == np.uint16)
     check(library().leangpt_pack(byref(matrix), address(source), is_bf16, address(row_of)))
 

@@ -22,8 +22,10 @@ static inline void load_int4_weights(const uint8_t* p, Int8Weights& low, Int8Wei
   low.v = _mm512_and_si512(both, mask);
   high.v = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 }
+// As assembly: g++ 12 copies the sums around the intrinsic, and runs out of registers.
 static inline IVec dot_int8(IVec sum, Int8Weights w, const int8_t* a) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
-  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(_mm512_set1_epi32(four)));
+  return sum;
 }

@@ -6,9 +6,9 @@
 
 namespace leangpt::cpu {
 
-constexpr int kLanes = 16;      // outputs of a panel, floats of a Vec, keys of a page
-constexpr int kItemPanels = 4;  // panels of one tile of a product
-constexpr int kItemWidth = kItemPanels * kLanes;
+constexpr int kLanes = 16;       // floats of a Vec, keys of a page
+constexpr int kPanelVecs = 4;    // Vecs of outputs in a panel
+constexpr int kPanelWidth = 64;  // outputs of a panel
 constexpr int kChunkKeys = 256;  // keys whose softmax is formed at once
 constexpr int kMaxTileQueries = 8;
 constexpr int kMaxHeadDim = 512;
@@ -19,35 +19,37 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 enum class WeightKind : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
-// A weight matrix (n outputs, k inputs), packed in panels of 16 outputs, one after the other. A
-// step of a panel is 64 bytes:
+// A weight matrix (n outputs, k inputs), packed in panels of 64 outputs, one after the other, so
+// that a product reads its weights as one stream. A step of a panel is 4 times 64 bytes, for 16
+// outputs each:
 //   fp32  1 input  x 16 outputs
 //   bf16  2 inputs x 16 outputs, those of an output side by side
 //   int8  4 inputs x 16 outputs, likewise; a byte is the weight plus 128
 //   int4  8 inputs x 16 outputs: low halves of the bytes as the 4 first inputs, high halves as the
-//   4 next; weight plus 8
+//   4
+//         next; the weight plus 8
 // Integers q stand for the weight scale * q (+ minimum). Scales are float32 per output where group
 // is 0; otherwise there is a float16 scale, and a float16 minimum if the format is asymmetric, for
-// each `group` inputs: [panel][group][16].
+// each `group` inputs: [panel][group][64].
 struct Matrix {
   const uint8_t* data;
   const void* scales;
   const uint16_t* minimums;  // null: symmetric
-  const float* bias;         // round_up(n, 16) floats, or null
+  const float* bias;         // round_up(n, 64) floats, or null
   WeightKind kind;
   int32_t n, k;
   int32_t group;  // 0: one scale an output
   int32_t
       digits;  // of the activations that integers are multiplied with: 3 (24 bits) or 1 (8 bits)
 
-  int panels() const { return static_cast<int>(round_up(n, kLanes) / kLanes); }
+  int panels() const { return static_cast<int>(round_up(n, kPanelWidth) / kPanelWidth); }
   int64_t padded_k() const { return round_up(k, group > kLanes ? group : kLanes); }
   int64_t groups() const { return group == 0 ? 1 : padded_k() / group; }
   int64_t steps() const {
     constexpr int kInputs[] = {1, 2, 4, 8};
     return padded_k() / kInputs[static_cast<int>(kind)];
   }
-  int64_t panel_bytes() const { return steps() * 64; }
+  int64_t panel_bytes() const { return steps() * kPanelWidth * 4; }
 };
 
 // Rows of activations in the form that a format multiplies: float32, bfloat16, or integers. An
@@ -104,10 +106,9 @@ struct Kernels {
   int64_t (*activation_row_bytes)(const Matrix&);
   // One row of k floats (zeros behind them up to a multiple of 16) to the form that `w` multiplies.
   void (*convert_row)(const float* x, const Matrix& w, const Activations& a, int64_t row);
-  // Rows [first_row, first_row + rows) times panels [first_panel, first_panel + panels), at most
-  // kItemPanels of them. `tile` is scratch of rows * kItemWidth floats.
-  void (*linear_tile)(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                      int first_panel, int panels, float* tile, const Epilogue& epilogue);
+  // Rows [first_row, first_row + rows) times a panel; `tile` is scratch of rows * 64 floats.
+  void (*linear_tile)(const Matrix& w, const Activations& a, int64_t first_row, int rows, int panel,
+                      float* tile, const Epilogue& epilogue);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n,
                      float* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
@@ -123,7 +124,8 @@ struct Kernels {
   void (*finish_state)(const float* state, int head_dim, float* out);
   // Unpacked row of a matrix: round_up(k, 16) floats.
   void (*unpack_row)(const Matrix& w, int row, float* out);
-  // Pack 16 rows, null ones as zeros, each of k floats; into the panel, its scales and minimums.
+  // Pack 64 rows into a panel, its scales and minimums. They are padded_k() floats, zeros behind
+  // the first k.
   void (*pack_panel)(const Matrix& w, const float* const* rows, uint8_t* panel, void* scales,
                      uint16_t* minimums);
   float (*max_or_nan)(const float* x, int n);

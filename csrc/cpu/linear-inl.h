@@ -21,7 +21,8 @@ static inline void with_constant(int n, const F& f) {
   }
 }
 
-constexpr int64_t kBlockSteps = 512;  // 32 KB of a panel: those of a tile stay in the L2 cache
+constexpr int64_t kStepBytes = 256;
+constexpr int64_t kBlockSteps = 512;  // 128 KB of a panel: they stay in the L2 cache
 constexpr int64_t kPrefetchBytes =
     1024;  // ahead of where a few rows read their weights from memory
 
@@ -43,95 +44,92 @@ struct Bf16Format {
   static inline Vec dot(Vec sum, Weights w, const Element* a) { return dot_bf16(sum, w, a); }
 };
 
-template <class Format, int kRows, int kPanels>
-static void float_tile(const uint8_t* panel, int64_t panel_bytes, const uint8_t* rows,
-                       int64_t row_bytes, int64_t steps, bool is_first, float* out) {
-  Vec sums[kRows][kPanels];
+template <class Format, int kRows, int kVecs>
+static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes, int64_t steps,
+                       bool is_first, float* out) {
+  Vec sums[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) {
-      sums[r][p] = is_first ? zero() : load(out + r * kItemWidth + p * kLanes);
+    for (int v = 0; v < kVecs; ++v) {
+      sums[r][v] = is_first ? zero() : load(out + r * kPanelWidth + v * kLanes);
     }
   }
   for (int64_t step = 0; step < steps; ++step) {
-    typename Format::Weights weights[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* at = panel + p * panel_bytes + step * 64;
+    typename Format::Weights weights[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      const uint8_t* at = panel + step * kStepBytes + v * 64;
       if constexpr (kRows <= 2) __builtin_prefetch(at + kPrefetchBytes);
-      weights[p] = Format::load_weights(at);
+      weights[v] = Format::load_weights(at);
     }
     for (int r = 0; r < kRows; ++r) {
       const auto* a = reinterpret_cast<const typename Format::Element*>(rows + r * row_bytes) +
                       step * Format::kInputs;
-      for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::dot(sums[r][p], weights[p], a);
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = Format::dot(sums[r][v], weights[v], a);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) store(out + r * kItemWidth + p * kLanes, sums[r][p]);
+    for (int v = 0; v < kVecs; ++v) store(out + r * kPanelWidth + v * kLanes, sums[r][v]);
   }
 }
 
 template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                         int first_panel, int panels, float* tile) {
-  const int64_t panel_bytes = w.panel_bytes(), steps = w.steps();
+                         int panel, float* tile) {
+  const int64_t steps = w.steps();
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t block = steps - step < kBlockSteps ? steps - step : kBlockSteps;
     const int64_t input_bytes = step * Format::kInputs * sizeof(typename Format::Element);
+    const uint8_t* weights = w.data + panel * w.panel_bytes() + step * kStepBytes;
     for (int r = 0; r < rows; r += kTileRows) {
       const uint8_t* row = a.rows + (first_row + r) * a.row_bytes + input_bytes;
-      for (int p = 0; p < panels; p += kTilePanels) {
-        const uint8_t* panel = w.data + (first_panel + p) * panel_bytes + step * 64;
-        float* out = tile + r * kItemWidth + p * kLanes;
-        with_constant<kTileRows>(rows - r < kTileRows ? rows - r : kTileRows, [&](auto R) {
-          with_constant<kTilePanels>(
-              panels - p < kTilePanels ? panels - p : kTilePanels, [&](auto P) {
-                float_tile<Format, decltype(R)::value, decltype(P)::value>(
-                    panel, panel_bytes, row, a.row_bytes, block, step == 0, out);
-              });
-        });
-      }
+      with_constant<kTileRows>(rows - r < kTileRows ? rows - r : kTileRows, [&](auto R) {
+        constexpr int kRows = decltype(R)::value, kVecs = tile_vecs(kRows);
+        for (int v = 0; v < kPanelVecs; v += kVecs) {
+          float_tile<Format, kRows, kVecs>(weights + v * 64, row, a.row_bytes, block, step == 0,
+                                           tile + r * kPanelWidth + v * kLanes);
+        }
+      });
     }
   }
 }
 
-// int8 with one scale an output: the whole sum is an exact integer.
-template <int kTokens, int kDigits, int kPanels>
-static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, int first_panel,
+// int8 with one scale an output: the whole sum is an exact integer. Outputs from the given Vec of
+// the panel on.
+template <int kTokens, int kDigits, int kVecs>
+static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, int panel, int vec,
                       float* out) {
-  const int64_t panel_bytes = w.panel_bytes(), steps = w.steps(), padded_k = w.padded_k();
-  const uint8_t* panel = w.data + first_panel * panel_bytes;
+  const int64_t steps = w.steps(), padded_k = w.padded_k();
+  const uint8_t* weights = w.data + panel * w.panel_bytes() + vec * 64;
   const auto* digits = reinterpret_cast<const int8_t*>(a.rows + first_row * a.row_bytes);
-  IVec sums[kTokens * kDigits][kPanels];
+  IVec sums[kTokens * kDigits][kVecs];
   for (int r = 0; r < kTokens * kDigits; ++r) {
-    for (int p = 0; p < kPanels; ++p) {
-      sums[r][p] = broadcast_i32(a.offsets[first_row * kDigits + r]);
+    for (int v = 0; v < kVecs; ++v) {
+      sums[r][v] = broadcast_i32(a.offsets[first_row * kDigits + r]);
     }
   }
   for (int64_t step = 0; step < steps; ++step) {
-    Int8Weights weights[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* at = panel + p * panel_bytes + step * 64;
+    Int8Weights bytes[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      const uint8_t* at = weights + step * kStepBytes + v * 64;
       if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes);
-      weights[p] = load_int8_weights(at);
+      bytes[v] = load_int8_weights(at);
     }
     for (int r = 0; r < kTokens * kDigits; ++r) {
-      for (int p = 0; p < kPanels; ++p) {
-        sums[r][p] = dot_int8(sums[r][p], weights[p], digits + r * padded_k + step * 4);
-      }
+      const int8_t* x = digits + r * padded_k + step * 4;
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = dot_int8(sums[r][v], bytes[v], x);
     }
   }
-  for (int p = 0; p < kPanels; ++p) {
-    const Vec scale =
-        load(static_cast<const float*>(w.scales) + static_cast<int64_t>(first_panel + p) * kLanes);
+  const float* scales = static_cast<const float*>(w.scales) + panel * kPanelWidth + vec * kLanes;
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec scale = load(scales + v * kLanes);
     for (int t = 0; t < kTokens; ++t) {
       const Vec value = [&] {
         if constexpr (kDigits == 3) {
-          return combine_digits(sums[3 * t][p], sums[3 * t + 1][p], sums[3 * t + 2][p]);
+          return combine_digits(sums[3 * t][v], sums[3 * t + 1][v], sums[3 * t + 2][v]);
         } else {
-          return to_float(sums[t][p]);
+          return to_float(sums[t][v]);
         }
       }();
-      store(out + t * kItemWidth + p * kLanes,
+      store(out + t * kPanelWidth + v * kLanes,
             value * (scale * broadcast(a.scales[first_row + t])));
     }
   }
@@ -139,98 +137,93 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
 
 // Grouped integers: the sum of each group is an exact integer, groups are added as floats, one
 // after the other.
-template <bool kIsInt4, int kTokens, int kDigits, int kPanels>
-static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_row, int first_panel,
-                         float* out) {
+template <bool kIsInt4, int kTokens, int kDigits, int kVecs>
+static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_row, int panel,
+                         int vec, float* out) {
   constexpr int kInputs = kIsInt4 ? 8 : 4;
-  const int64_t panel_bytes = w.panel_bytes(), padded_k = w.padded_k(), groups = w.groups();
+  const int64_t padded_k = w.padded_k(), groups = w.groups();
   const int group_steps = w.group / kInputs;
-  const uint8_t* panel = w.data + first_panel * panel_bytes;
-  const auto* scales = static_cast<const uint16_t*>(w.scales) + first_panel * groups * kLanes;
-  const uint16_t* minimums = w.minimums ? w.minimums + first_panel * groups * kLanes : nullptr;
+  const uint8_t* weights = w.data + panel * w.panel_bytes() + vec * 64;
+  const int64_t first_scale = panel * groups * kPanelWidth + vec * kLanes;
+  const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + first_scale;
+  const uint16_t* minimums = w.minimums ? w.minimums + first_scale : nullptr;
   const auto* digits = reinterpret_cast<const int8_t*>(a.rows + first_row * a.row_bytes);
-  Vec totals[kTokens][kPanels];
+  Vec totals[kTokens][kVecs];
   for (int t = 0; t < kTokens; ++t) {
-    for (int p = 0; p < kPanels; ++p) totals[t][p] = zero();
+    for (int v = 0; v < kVecs; ++v) totals[t][v] = zero();
   }
   for (int64_t g = 0; g < groups; ++g) {
-    IVec sums[kTokens * kDigits][kPanels];
+    IVec sums[kTokens * kDigits][kVecs];
     for (int t = 0; t < kTokens; ++t) {
       for (int d = 0; d < kDigits; ++d) {
         const int32_t offset = a.offsets[((first_row + t) * groups + g) * kDigits + d];
-        for (int p = 0; p < kPanels; ++p) sums[t * kDigits + d][p] = broadcast_i32(offset);
+        for (int v = 0; v < kVecs; ++v) sums[t * kDigits + d][v] = broadcast_i32(offset);
       }
     }
-    const uint8_t* group = panel + g * group_steps * 64;
+    const uint8_t* group = weights + g * group_steps * kStepBytes;
     const int8_t* inputs = digits + g * w.group;
     for (int step = 0; step < group_steps; ++step) {
-      for (int p = 0; p < kPanels; ++p) {
-        const uint8_t* at = group + p * panel_bytes + step * 64;
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* at = group + step * kStepBytes + v * 64;
         if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes);
         if constexpr (kIsInt4) {
           Int8Weights low, high;
           load_int4_weights(at, low, high);
           for (int r = 0; r < kTokens * kDigits; ++r) {
             const int8_t* x = inputs + r * padded_k + step * 8;
-            sums[r][p] = dot_int8(dot_int8(sums[r][p], low, x), high, x + 4);
+            sums[r][v] = dot_int8(dot_int8(sums[r][v], low, x), high, x + 4);
           }
         } else {
-          const Int8Weights weights = load_int8_weights(at);
+          const Int8Weights bytes = load_int8_weights(at);
           for (int r = 0; r < kTokens * kDigits; ++r) {
-            sums[r][p] = dot_int8(sums[r][p], weights, inputs + r * padded_k + step * 4);
+            sums[r][v] = dot_int8(sums[r][v], bytes, inputs + r * padded_k + step * 4);
           }
         }
       }
     }
-    for (int p = 0; p < kPanels; ++p) {
-      const Vec scale = load_f16(scales + (p * groups + g) * kLanes);
-      const Vec minimum = minimums ? load_f16(minimums + (p * groups + g) * kLanes) : zero();
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec scale = load_f16(scales + g * kPanelWidth + v * kLanes);
+      const Vec minimum = minimums ? load_f16(minimums + g * kPanelWidth + v * kLanes) : zero();
       for (int t = 0; t < kTokens; ++t) {
         // the sums of a group are below 2^24, exact as floats
-        Vec value = to_float(sums[t * kDigits][p]);
+        Vec value = to_float(sums[t * kDigits][v]);
         if constexpr (kDigits == 3) {
           value = fma(
               value, broadcast(65536.0f),
-              fma(to_float(sums[t * 3 + 1][p]), broadcast(256.0f), to_float(sums[t * 3 + 2][p])));
+              fma(to_float(sums[t * 3 + 1][v]), broadcast(256.0f), to_float(sums[t * 3 + 2][v])));
         }
         const int64_t at = (first_row + t) * groups + g;
-        totals[t][p] = fma(scale * broadcast(a.scales[at]), value, totals[t][p]);
-        if (minimums) totals[t][p] = fma(minimum, broadcast(a.sums[at]), totals[t][p]);
+        totals[t][v] = fma(scale * broadcast(a.scales[at]), value, totals[t][v]);
+        if (minimums) totals[t][v] = fma(minimum, broadcast(a.sums[at]), totals[t][v]);
       }
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int p = 0; p < kPanels; ++p) store(out + t * kItemWidth + p * kLanes, totals[t][p]);
+    for (int v = 0; v < kVecs; ++v) store(out + t * kPanelWidth + v * kLanes, totals[t][v]);
   }
 }
 
 template <int kDigits>
 static void int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                       int first_panel, int panels, float* tile) {
+                       int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
   for (int r = 0; r < rows; r += kTokens) {
+    const int64_t row = first_row + r;
     with_constant<kTokens>(rows - r < kTokens ? rows - r : kTokens, [&](auto T) {
       constexpr int kRows = decltype(T)::value;
-      // one token needs few registers for its sums: then more panels are read side by side
-      constexpr int kGroupedPanels = kRows == 1 ? kTilePanels : kGroupedTilePanels;
-      const int width = w.group == 0 ? kTilePanels : kGroupedPanels;
-      for (int p = 0; p < panels; p += width) {
-        float* out = tile + r * kItemWidth + p * kLanes;
-        const int64_t row = first_row + r;
-        const int panel = first_panel + p;
-        const int count = panels - p < width ? panels - p : width;
-        if (w.group == 0) {
-          with_constant<kTilePanels>(count, [&](auto P) {
-            int8_tile<kRows, kDigits, decltype(P)::value>(w, a, row, panel, out);
-          });
-        } else if (w.kind == WeightKind::kInt8) {
-          with_constant<kGroupedPanels>(count, [&](auto P) {
-            grouped_tile<false, kRows, kDigits, decltype(P)::value>(w, a, row, panel, out);
-          });
-        } else {
-          with_constant<kGroupedPanels>(count, [&](auto P) {
-            grouped_tile<true, kRows, kDigits, decltype(P)::value>(w, a, row, panel, out);
-          });
+      constexpr int kVecs = tile_vecs(kRows * kDigits), kGroupedVecs = grouped_tile_vecs(kRows);
+      float* out = tile + r * kPanelWidth;
+      if (w.group == 0) {
+        for (int v = 0; v < kPanelVecs; v += kVecs) {
+          int8_tile<kRows, kDigits, kVecs>(w, a, row, panel, v, out + v * kLanes);
+        }
+      } else if (w.kind == WeightKind::kInt8) {
+        for (int v = 0; v < kPanelVecs; v += kGroupedVecs) {
+          grouped_tile<false, kRows, kDigits, kGroupedVecs>(w, a, row, panel, v, out + v * kLanes);
+        }
+      } else {
+        for (int v = 0; v < kPanelVecs; v += kGroupedVecs) {
+          grouped_tile<true, kRows, kDigits, kGroupedVecs>(w, a, row, panel, v, out + v * kLanes);
         }
       }
     });
@@ -258,54 +251,54 @@ static Vec activate(Vec x, Activation activation) {
   }
 }
 
-static void finish_tile(const Matrix& w, float* tile, int rows, int first_panel, int panels,
+static void finish_tile(const Matrix& w, const float* tile, int rows, int panel,
                         const Epilogue& e) {
   const bool is_gated = e.activation == Activation::kSwiglu;
+  const int64_t first_column = static_cast<int64_t>(panel) * kPanelWidth;
   for (int r = 0; r < rows; ++r) {
-    float* out =
-        e.out + r * e.stride + static_cast<int64_t>(first_panel) * kLanes / (is_gated ? 2 : 1);
-    const float* sums = tile + r * kItemWidth;
-    for (int p = 0; p < panels; ++p) {
-      const int64_t column = static_cast<int64_t>(first_panel + p) * kLanes;
-      Vec value = load(sums + p * kLanes);
+    float* out = e.out + r * e.stride;
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int64_t column = first_column + v * kLanes;
+      Vec value = load(tile + r * kPanelWidth + v * kLanes);
       if (w.bias) value = value + load(w.bias + column);
-      if (is_gated) {  // panels alternate between gate and up
-        Vec up = load(sums + (p + 1) * kLanes);
+      if (is_gated) {  // Vecs alternate between gate and up
+        if (column / 2 >= e.stride) break;
+        ++v;
+        Vec up = load(tile + r * kPanelWidth + v * kLanes);
         if (w.bias) up = up + load(w.bias + column + kLanes);
         const Vec gate = value / (broadcast(1.0f) + exp(zero() - value));
-        store(out + p / 2 * kLanes, gate * up);
-        ++p;
+        store(out + column / 2, gate * up);
         continue;
       }
+      if (column >= e.stride) break;
       value = activate(value, e.activation);
-      float* at = out + p * kLanes;
-      if (e.adds) value = value + load(at);
+      if (e.adds) value = value + load(out + column);
       if (column + kLanes <= e.stride) {
-        store(at, value);
+        store(out + column, value);
       } else {  // logits: their rows are not padded
-        store_first(at, value, static_cast<int>(e.stride - column));
+        store_first(out + column, value, static_cast<int>(e.stride - column));
       }
     }
   }
 }
 
 static void linear_tile(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                        int first_panel, int panels, float* tile, const Epilogue& epilogue) {
+                        int panel, float* tile, const Epilogue& epilogue) {
   switch (w.kind) {
     case WeightKind::kFp32:
-      float_linear<Fp32Format>(w, a, first_row, rows, first_panel, panels, tile);
+      float_linear<Fp32Format>(w, a, first_row, rows, panel, tile);
       break;
     case WeightKind::kBf16:
-      float_linear<Bf16Format>(w, a, first_row, rows, first_panel, panels, tile);
+      float_linear<Bf16Format>(w, a, first_row, rows, panel, tile);
       break;
     default:
       if (w.digits == 3) {
-        int_linear<3>(w, a, first_row, rows, first_panel, panels, tile);
+        int_linear<3>(w, a, first_row, rows, panel, tile);
       } else {
-        int_linear<1>(w, a, first_row, rows, first_panel, panels, tile);
+        int_linear<1>(w, a, first_row, rows, panel, tile);
       }
   }
-  finish_tile(w, tile, rows, first_panel, panels, epilogue);
+  finish_tile(w, tile, rows, panel, epilogue);
 }
 
 static int64_t activation_row_bytes(const Matrix& w) {

@@ -6,7 +6,7 @@ namespace leangpt::cpu {
 namespace {
 
 constexpr int64_t kRowBlock = 96;  // rows of a tile: with its panels they stay in the L2 cache
-constexpr int64_t kTileFloats = kRowBlock * kItemWidth;
+constexpr int64_t kTileFloats = kRowBlock * kPanelWidth;
 
 }  // namespace
 
@@ -20,15 +20,12 @@ void Linear::multiply(const Matrix& w, int64_t rows, float* out, int64_t stride,
                       Activation activation) {
   Team& team = Team::get();
   float* room = tiles_.get(team.num_threads() * kTileFloats);
-  const int panels = w.panels();
-  const int64_t tiles = (panels + kItemPanels - 1) / kItemPanels;
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  team.run(tiles * blocks, [&](int64_t item, int thread) {
-    const int64_t first_row = item / tiles * kRowBlock;
-    const int first_panel = static_cast<int>(item % tiles) * kItemPanels;
+  const int64_t panels = w.panels(), blocks = (rows + kRowBlock - 1) / kRowBlock;
+  team.run(panels * blocks, [&](int64_t item, int thread) {
+    const int64_t first_row = item / panels * kRowBlock;
     kernels().linear_tile(w, activations_, first_row,
-                          static_cast<int>(std::min(kRowBlock, rows - first_row)), first_panel,
-                          std::min(kItemPanels, panels - first_panel), room + thread * kTileFloats,
+                          static_cast<int>(std::min(kRowBlock, rows - first_row)),
+                          static_cast<int>(item % panels), room + thread * kTileFloats,
                           {out + first_row * stride, stride, adds, activation});
   });
 }

@@ -21,7 +21,7 @@ struct Layer {
   const float *norm_1_weight, *norm_1_bias, *norm_2_weight, *norm_2_bias;
   const float *q_norm, *k_norm;
   Matrix qkv, attn_out;
-  Matrix mlp_in;  // gated: panels of gate and up alternate
+  Matrix mlp_in;  // gated: 16 rows of gate and 16 of up alternate
   Matrix mlp_out;
 };
 

@@ -84,7 +84,7 @@ static void pack_integers(const Matrix& w, const float* const* rows, uint8_t* pa
   const bool is_int4 = w.kind == WeightKind::kInt4;
   const float lowest = is_int4 ? -8 : -127, highest = is_int4 ? 7 : 127;
   const int zero_point = is_int4 ? 8 : 128;
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kPanelWidth; ++lane) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * group;
       const float* x = rows[lane] + first;
@@ -100,11 +100,11 @@ static void pack_integers(const Matrix& w, const float* const* rows, uint8_t* pa
         static_cast<float*>(scales)[lane] = fit.scale;
       } else {
         const uint16_t scale = to_f16(fit.scale);
-        static_cast<uint16_t*>(scales)[g * kLanes + lane] = scale;
+        static_cast<uint16_t*>(scales)[g * kPanelWidth + lane] = scale;
         fit.scale = from_f16(scale);  // what products will use
         if (minimums) {
-          minimums[g * kLanes + lane] = to_f16(fit.minimum);
-          fit.minimum = from_f16(minimums[g * kLanes + lane]);
+          minimums[g * kPanelWidth + lane] = to_f16(fit.minimum);
+          fit.minimum = from_f16(minimums[g * kPanelWidth + lane]);
         }
       }
       const Vec inverse = broadcast(fit.scale == 0 ? 0.0f : 1 / fit.scale);
@@ -118,9 +118,9 @@ static void pack_integers(const Matrix& w, const float* const* rows, uint8_t* pa
           const int64_t k = first + i + j;
           const int byte = integers[j] + zero_point;
           if (!is_int4) {
-            panel[k / 4 * 64 + lane * 4 + k % 4] = static_cast<uint8_t>(byte);
+            panel[k / 4 * 256 + lane * 4 + k % 4] = static_cast<uint8_t>(byte);
           } else {
-            uint8_t& both = panel[k / 8 * 64 + lane * 4 + k % 4];
+            uint8_t& both = panel[k / 8 * 256 + lane * 4 + k % 4];
             both = static_cast<uint8_t>(k % 8 < 4 ? byte : both | byte << 4);
           }
         }
@@ -129,7 +129,6 @@ static void pack_integers(const Matrix& w, const float* const* rows, uint8_t* pa
   }
 }
 
-// Rows are round_up(k, max(16, group)) floats, zeros behind the first k.
 static void pack_panel(const Matrix& w, const float* const* rows, uint8_t* panel, void* scales,
                        uint16_t* minimums) {
   const int64_t padded_k = w.padded_k();
@@ -137,15 +136,15 @@ static void pack_panel(const Matrix& w, const float* const* rows, uint8_t* panel
     case WeightKind::kFp32: {
       auto* out = reinterpret_cast<float*>(panel);
       for (int64_t k = 0; k < padded_k; ++k) {
-        for (int lane = 0; lane < kLanes; ++lane) out[k * kLanes + lane] = rows[lane][k];
+        for (int lane = 0; lane < kPanelWidth; ++lane) out[k * kPanelWidth + lane] = rows[lane][k];
       }
       break;
     }
     case WeightKind::kBf16: {
       auto* out = reinterpret_cast<uint16_t*>(panel);
       for (int64_t k = 0; k < padded_k; ++k) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          out[(k / 2 * kLanes + lane) * 2 + k % 2] = to_bf16(rows[lane][k]);
+        for (int lane = 0; lane < kPanelWidth; ++lane) {
+          out[(k / 2 * kPanelWidth + lane) * 2 + k % 2] = to_bf16(rows[lane][k]);
         }
       }
       break;
@@ -156,18 +155,18 @@ static void pack_panel(const Matrix& w, const float* const* rows, uint8_t* panel
 }
 
 static void unpack_row(const Matrix& w, int row, float* out) {
-  const int64_t panel_index = row / kLanes, groups = w.groups();
-  const int lane = row % kLanes;
+  const int64_t panel_index = row / kPanelWidth, groups = w.groups();
+  const int lane = row % kPanelWidth;
   const uint8_t* panel = w.data + panel_index * w.panel_bytes();
   const int64_t padded = round_up(w.k, kLanes);
   for (int64_t k = 0; k < padded; ++k) {
     switch (w.kind) {
       case WeightKind::kFp32:
-        std::memcpy(out + k, panel + (k * kLanes + lane) * 4, 4);
+        std::memcpy(out + k, panel + (k * kPanelWidth + lane) * 4, 4);
         break;
       case WeightKind::kBf16: {
         uint16_t half;
-        std::memcpy(&half, panel + ((k / 2 * kLanes + lane) * 2 + k % 2) * 2, 2);
+        std::memcpy(&half, panel + ((k / 2 * kPanelWidth + lane) * 2 + k % 2) * 2, 2);
         const uint32_t bits = static_cast<uint32_t>(half) << 16;
         std::memcpy(out + k, &bits, 4);
         break;
@@ -176,15 +175,15 @@ static void unpack_row(const Matrix& w, int row, float* out) {
         const bool is_int4 = w.kind == WeightKind::kInt4;
         int q;
         if (is_int4) {
-          const uint8_t both = panel[k / 8 * 64 + lane * 4 + k % 4];
+          const uint8_t both = panel[k / 8 * 256 + lane * 4 + k % 4];
           q = (k % 8 < 4 ? both & 15 : both >> 4) - 8;
         } else {
-          q = panel[k / 4 * 64 + lane * 4 + k % 4] - 128;
+          q = panel[k / 4 * 256 + lane * 4 + k % 4] - 128;
         }
         if (w.group == 0) {
           out[k] = static_cast<float*>(const_cast<void*>(w.scales))[row] * static_cast<float>(q);
         } else {
-          const int64_t at = (panel_index * groups + k / w.group) * kLanes + lane;
+          const int64_t at = (panel_index * groups + k / w.group) * kPanelWidth + lane;
           const float scale = from_f16(static_cast<const uint16_t*>(w.scales)[at]);
           const float minimum = w.minimums ? from_f16(w.minimums[at]) : 0.0f;
           out[k] = scale * static_cast<float>(q) + minimum;

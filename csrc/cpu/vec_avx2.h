@@ -204,8 +204,11 @@ static inline IVec dot_int8(IVec sum, Int8Weights w, const int8_t* a) {
   return {_mm256_add_epi32(sum.lo, products(w.lo)), _mm256_add_epi32(sum.hi, products(w.hi))};
 }
 
-constexpr int kTileRows = 6;  // two registers a sum: 12 of the 16 hold sums
-constexpr int kTilePanels = 1;
-constexpr int kGroupedTilePanels = 1;
+// How many rows of a product are in registers at a time, and how many Vecs of outputs for that many
+// rows, so that the sums fit the registers: 12 of 16, two for each Vec. Few rows take the whole
+// panel, and so read it as one stream.
+constexpr int kTileRows = 6;
+constexpr int tile_vecs(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 2 : 1; }
 constexpr int kMaxQueries = 4;
 constexpr int kAttentionSums = 4;

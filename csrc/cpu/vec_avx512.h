@@ -95,10 +95,12 @@ static inline Vec combine_digits(IVec high, IVec middle, IVec low) {
   return {_mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1)};
 }
 
-// How many rows and panels of a product are in registers at a time: 24 of the 32 hold sums.
+// How many rows of a product are in registers at a time, and how many Vecs of outputs for that many
+// rows, so that the sums fit the registers: 24 of 32. Few rows take the whole panel, and so read it
+// as one stream.
 constexpr int kTileRows = 6;
-constexpr int kTilePanels = 4;
-constexpr int kGroupedTilePanels = 2;
+constexpr int tile_vecs(int rows) { return rows <= kTileRows ? 4 : 1; }
+constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 4 : 2; }
 // Queries that attend together.
 constexpr int kMaxQueries = 8;
 constexpr int kAttentionSums = 16;

@@ -23,6 +23,8 @@ if _TIKTOKEN_CACHE.is_dir():
 import pytest
 import torch
 
+from leangpt.kernels import decode
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -45,3 +47,11 @@ def device() -> str:
 @pytest.fixture(scope="session")
 def in_ci() -> bool:
     return os.environ.get("CI") == "true"
+
+
+@pytest.fixture(scope="session")
+def native_engine(in_ci: bool) -> None:
+    """Skip where the native decode engine was not built; CI must test it."""
+    if decode.unavailable_reason:
+        assert not in_ci, f"CI must test the native engine: {decode.unavailable_reason}"
+        pytest.skip(decode.unavailable_reason)

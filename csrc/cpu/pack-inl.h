@@ -96,6 +96,10 @@ static void pack_integers(const Matrix& w, const float* const* rows, uint8_t* pa
         for (int i = 0; i < group; i += kLanes) largest = max(largest, abs(load(x + i)));
         fit.scale = reduce_max(largest) / 127;
       }
+      // integers cannot tell of NaN and infinity: the scale becomes NaN
+      Vec probe = zero();
+      for (int i = 0; i < group; i += kLanes) probe = fma(load(x + i), zero(), probe);
+      fit.scale += reduce_add(probe);
       if (w.group == 0) {
         static_cast<float*>(scales)[lane] = fit.scale;
       } else {

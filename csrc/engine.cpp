@@ -2,6 +2,7 @@
 // generated from a packed file without loading it. A function returns 0, or the kind of an error
 // whose message leangpt_error() tells.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <new>
@@ -110,6 +111,30 @@ LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16
   });
 }
 
+// For each row of the head the length of what its int8 copy lacks, and of what rounding can add to
+// either product, both for a hidden state of length 1: see Model::screen_errors.
+LEANGPT_EXPORT int leangpt_screen_errors(const Matrix* head, const Matrix* screen, float* errors) {
+  return guarded([&] {
+    using namespace leangpt::cpu;
+    const int64_t width = round_up(head->k, kLanes);
+    // float32: k roundings to 2^-24 of it, with room; bfloat16: of the activations too
+    const double rounding =
+        head->kind == WeightKind::kBf16 ? 0x1p-8 + head->k * 0x1p-22 : head->k * 0x1p-22;
+    Team::get().run(head->n, [&](int64_t row, int) {
+      std::vector<float> exact(width), coarse(width);
+      kernels().unpack_row(*head, static_cast<int>(row), exact.data());
+      kernels().unpack_row(*screen, static_cast<int>(row), coarse.data());
+      double lost = 0, squares = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        const double difference = double{exact[i]} - coarse[i];
+        lost += difference * difference;
+        squares += double{exact[i]} * exact[i] + double{coarse[i]} * coarse[i];
+      }
+      errors[row] = static_cast<float>(1.001 * std::sqrt(lost) + rounding * std::sqrt(squares));
+    });
+  });
+}
+
 // One row of a packed matrix as the products see it: round_up(k, 16) floats.
 LEANGPT_EXPORT void leangpt_unpack_row(const Matrix* w, int row, float* out) {
   leangpt::cpu::kernels().unpack_row(*w, row, out);
@@ -178,4 +203,26 @@ LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,
                                 const leangpt::cpu::DrawSettings* settings,
                                 leangpt::cpu::Drawn* out) {
   return guarded([&] { *out = leangpt::cpu::draw(logits, vocab_size, *settings); });
+}
+
+// Read memory on all threads, as products read their weights: for benchmarks to time.
+LEANGPT_EXPORT float leangpt_read_memory(const uint8_t* p, int64_t bytes) {
+  using namespace leangpt::cpu;
+  constexpr int64_t kPiece = int64_t{1} << 17;
+  std::vector<float> sums(bytes / kPiece);
+  Team::get().run(static_cast<int64_t>(sums.size()),
+                  [&](int64_t i, int) { sums[i] = kernels().read_memory(p + i * kPiece, kPiece); });
+  return sums.empty() ? 0 : sums[0];
+}
+
+// Multiply what is in registers on all threads; returns the operations.
+LEANGPT_EXPORT double leangpt_multiply_registers(int kind, int64_t rounds) {
+  using namespace leangpt::cpu;
+  const int threads = Team::get().num_threads();
+  double operations = 0;
+  Team::get().run(threads, [&](int64_t item, int) {
+    const int of_a_round = kernels().multiply_registers(static_cast<WeightKind>(kind), rounds);
+    if (item == 0) operations = static_cast<double>(of_a_round) * rounds * threads;
+  });
+  return operations;
 }

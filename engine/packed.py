@@ -27,11 +27,13 @@ from .weight_format import WeightFormat
 MAGIC = b"LEANGPT\0"
 VERSION = 1
 SUFFIX = ".leangpt"
+PACKED_FILE = f"model{SUFFIX}"  # in a folder with its tokenizer
 _PREFIX = struct.Struct("<8sQ32s")
 _PAGE = 4096
 _MAX_HEADER_BYTES = 16 << 20
 
-# shapes, and names in the engine, of the matrices of a block
+_SCREEN_FORMAT = WeightFormat("int8")
+# of a block
 _MATRICES = ("qkv", "attn_out", "mlp_in", "mlp_out")
 
 
@@ -50,6 +52,7 @@ def _matrix_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
         "mlp_out": (C, F),
         "embedding": (config.vocab_size, C),
         "head": (config.vocab_size, C),
+        "screen": (config.vocab_size, C),
     }
 
 
@@ -84,6 +87,11 @@ class PackedModel:
         self.memory = memory
 
     @property
+    def has_screen(self) -> bool:
+        """Whether there is an int8 copy of the head, which finds the tokens that can still be drawn."""
+        return "screen.data" in self.tensors
+
+    @property
     def num_bytes(self) -> int:
         return self.memory.nbytes
 
@@ -99,9 +107,9 @@ class PackedModel:
     def matrix(self, name: str) -> Matrix:
         """The engine's view of a matrix such as "blocks.0.qkv", "embedding" or "head"."""
         n, k = _matrix_shapes(self.config)[name.rpartition(".")[2]]
+        matrix = _empty_matrix(_SCREEN_FORMAT if name == "screen" else self.format, n, k)
         if name == "head" and "head.data" not in self.tensors:
             name = "embedding"
-        matrix = _empty_matrix(self.format, n, k)
         for part in ("data", "scales", "minimums", "bias"):
             setattr(matrix, part, self.address(f"{name}.{part}"))
         return matrix
@@ -143,6 +151,8 @@ class PackedModel:
             rope_magnitude=self.rope_magnitude,
             embedding=self.matrix("embedding"),
             head=self.matrix("head"),
+            screen=self.matrix("screen"),
+            screen_errors=self.address("screen.errors"),
         )
 
     def save(self, path: Path) -> None:
@@ -185,7 +195,9 @@ class PackedModel:
             {name: (first, size) for name, (first, size) in header["tensors"].items()},
             memory,
         )
-        expected = _plan(packed.config, packed.format, _present_tensors(packed.config))
+        expected = _plan(
+            packed.config, packed.format, _present_tensors(packed.config, packed.has_screen)
+        )
         if packed.tensors != expected[0] or header["data_bytes"] != expected[1]:
             raise ValueError(f"{path}: damaged: its tensors are not those of its config")
         return packed
@@ -197,7 +209,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         prefix = file.read(_PREFIX.size)
         if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
-            raise ValueError(f"{path}: not a packed leangpt model (`leangpt pack` writes one)")
+            raise ValueError(
+                f"{path}: not a packed leangpt model (`leangpt export --format packed` writes one)"
+            )
         _, length, digest = _PREFIX.unpack(prefix)
         if length > min(size, _MAX_HEADER_BYTES):
             raise ValueError(f"{path}: damaged: a header of {length} bytes in a file of {size}")
@@ -229,7 +243,7 @@ def _empty_matrix(weight_format: WeightFormat, n: int, k: int) -> Matrix:
     )
 
 
-def _present_tensors(config: GPTConfig) -> list[str]:
+def _present_tensors(config: GPTConfig, has_screen: bool) -> list[str]:
     """Names of the vectors and matrices of a model, as its parameters are called (see model.py)."""
     norms = ["weight", "bias"] if config.norm == "layer_norm" and config.bias else ["weight"]
     names = ["embedding"]
@@ -251,6 +265,7 @@ def _present_tensors(config: GPTConfig) -> list[str]:
             names += [f"{prefix}{name}.bias"] * config.bias
     names += [f"norm_f.{part}" for part in norms]
     names += ["head"] * (not config.tie_embeddings)
+    names += ["screen", "screen.errors"] * has_screen
     return names
 
 
@@ -262,6 +277,8 @@ def _vector_bytes(name: str, config: GPTConfig) -> int:
         return config.max_seq_len * _round_up(config.n_embd) * 4
     if name == "frequencies":
         return config.head_size // 2 * 4
+    if name == "screen.errors":
+        return _round_up(config.vocab_size, PANEL) * 4
     if last in ("q_norm", "k_norm"):
         return _round_up(config.head_size) * 4
     if part == "bias" and last in _MATRICES:
@@ -278,11 +295,12 @@ def _plan(
     for name in names:
         last = name.rpartition(".")[2]
         if last in shapes:
-            parts = decode.packed_bytes(_empty_matrix(weight_format, *shapes[last]))
+            format_of = _SCREEN_FORMAT if name == "screen" else weight_format
+            parts = decode.packed_bytes(_empty_matrix(format_of, *shapes[last]))
             sizes[f"{name}.data"] = parts[0]
             if parts[1]:
                 sizes[f"{name}.scales"] = parts[1]
-            if parts[2] and weight_format.is_asymmetric:
+            if parts[2] and format_of.is_asymmetric:
                 sizes[f"{name}.minimums"] = parts[2]
         else:
             sizes[name] = _vector_bytes(name, config)
@@ -300,19 +318,21 @@ def pack(
     frequencies: np.ndarray | None,
     rope_magnitude: float,
     weight_format: WeightFormat,
+    *,
+    has_screen: bool = False,
 ) -> PackedModel:
     """Pack a model's parameters: by their names in model.py, float32 or the bits of bfloat16 as uint16."""
-    tensors, size = _plan(config, weight_format, _present_tensors(config))
+    names = _present_tensors(config, has_screen)
+    tensors, size = _plan(config, weight_format, names)
     packed = PackedModel(config, weight_format, rope_magnitude, tensors, _allocate(size))
     shapes = _matrix_shapes(config)
-    sources = {"embedding": "wte", "positions": "wpe"}
-    for name in _present_tensors(config):
+    head = "wte.weight" if config.tie_embeddings else "head.weight"
+    sources = {"embedding": "wte.weight", "head": head, "screen": head}
+    for name in names:
         last = name.rpartition(".")[2]
-        source = weights.get(f"{sources.get(name, name)}.weight" if last in shapes else name)
         if last in shapes:
-            assert source is not None
-            matrix = packed.matrix(name)
-            decode.pack(matrix, source, _row_of(last, shapes[last][0], config))
+            source = weights[sources.get(name, f"{name}.weight")]
+            decode.pack(packed.matrix(name), source, _row_of(last, shapes[last][0], config))
             continue
         target = packed.tensor(name)
         assert target is not None
@@ -320,13 +340,14 @@ def pack(
         if name == "frequencies":
             assert frequencies is not None
             values[:] = frequencies
+        elif name == "screen.errors":
+            decode.screen_errors(packed.matrix("head"), packed.matrix("screen"), values)
         elif name == "positions":
             table = _as_float32(weights["wpe.weight"])
             values.reshape(config.max_seq_len, -1)[:, : config.n_embd] = table
         else:
-            assert source is not None
             owner = name.split(".")[-2]
-            vector = _as_float32(source)
+            vector = _as_float32(weights[name])
             if owner in shapes:  # a bias goes where its output goes
                 row_of = _row_of(owner, shapes[owner][0], config)
                 values[row_of >= 0] = vector[row_of[row_of >= 0]]

@@ -5,6 +5,8 @@ The structures are the twins of those in csrc/cpu/kernels.h, model.h, decoder.h 
 
 import ctypes
 import os
+import time
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -59,6 +61,8 @@ class Model(Structure):
         ("rope_magnitude", c_float),
         ("embedding", Matrix),
         ("head", Matrix),
+        ("screen", Matrix),
+        ("screen_errors", c_void_p),
     ]
 
 
@@ -123,7 +127,11 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).argtypes = [c_void_p, c_int64]
     lib.leangpt_fork.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
     lib.leangpt_truncate.argtypes = [c_void_p, c_int64, c_int64]
+    lib.leangpt_read_memory.argtypes = [c_void_p, c_int64]
+    lib.leangpt_multiply_registers.argtypes = [c_int, c_int64]
+    lib.leangpt_multiply_registers.restype = c_double
     lib.leangpt_pack.argtypes = [POINTER(Matrix), c_void_p, c_int, c_void_p]
+    lib.leangpt_screen_errors.argtypes = [POINTER(Matrix), POINTER(Matrix), c_void_p]
     lib.leangpt_unpack_row.argtypes = [POINTER(Matrix), c_int, c_void_p]
     lib.leangpt_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p]
     lib.leangpt_decoder_new.argtypes = [POINTER(Model), c_int, c_int32, POINTER(c_void_p)]
@@ -196,6 +204,11 @@ def pack(matrix: Matrix, source: np.ndarray, row_of: np.ndarray) -> None:
     check(library().leangpt_pack(byref(matrix), address(source), is_bf16, address(row_of)))
 
 
+def screen_errors(head: Matrix, screen: Matrix, errors: np.ndarray) -> None:
+    """Write what bounds the error of each screened logit, for a hidden state of length 1; `errors` is `(n,)` float32 or longer."""
+    check(library().leangpt_screen_errors(byref(head), byref(screen), address(errors)))
+
+
 def unpack(matrix: Matrix) -> np.ndarray:
     """The weights that products see, `(n, k)` float32."""
     width = -(-matrix.k // LANES) * LANES
@@ -212,3 +225,35 @@ def linear(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     out = np.empty((len(x), matrix.n), dtype=np.float32)
     check(library().leangpt_linear(byref(matrix), address(padded), len(x), address(out)))
     return out
+
+
+def read_bandwidth(megabytes: int = 1024, seconds: float = 0.5) -> float:
+    """Bytes per second that the engine's threads read from memory: the best of some passes over a block."""
+    block = np.ones(megabytes << 20, dtype=np.uint8)
+    lib = library()
+    return max(
+        block.nbytes / _seconds(lambda: lib.leangpt_read_memory(address(block), block.nbytes))
+        for _ in _passes(seconds)
+    )
+
+
+def multiply_rate(kind: int, seconds: float = 0.3) -> float:
+    """Operations per second that the engine's threads do in registers, with products of FP32, BF16 or INT8."""
+    lib, rounds = library(), 200_000
+    operations = lib.leangpt_multiply_registers(kind, rounds)
+    return max(
+        operations / _seconds(lambda: lib.leangpt_multiply_registers(kind, rounds))
+        for _ in _passes(seconds)
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _passes(seconds: float) -> Iterator[None]:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        yield

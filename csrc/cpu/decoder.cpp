@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
+#include <queue>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -12,6 +15,9 @@ namespace leangpt::cpu {
 namespace {
 
 constexpr int64_t kLogitRows = 64;  // logits that are held at a time
+// With more rows the head is bound by its products, not by reading it, and screening saves nothing.
+constexpr int64_t kScreenedRows = 4;
+constexpr int64_t kScreenedTopK = 256;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -272,20 +278,89 @@ void Decoder::attend(int layer, const float* qkv, float* out) {
   });
 }
 
+// Whether what these rows draw depends on the largest logits alone.
+bool Decoder::can_screen(const DrawSettings* settings, int64_t count) const {
+  if (model_.screen.data == nullptr || settings == nullptr || count > kScreenedRows) return false;
+  return std::all_of(settings, settings + count, [](const DrawSettings& s) {
+    const bool has_few = s.temperature == 0 || (s.top_k > 0 && s.top_k <= kScreenedTopK) ||
+                         (s.min_p > 0 && s.top_p == 1);
+    return has_few && s.num_logprobs < 0 && s.repetition_penalty == 1 && s.presence_penalty == 0;
+  });
+}
+
+// Exact logits for all tokens that can be drawn: those whose screened logit, plus its error,
+// reaches what enough others have for certain. The panels that hold one are computed whole.
+void Decoder::screened_logits(int64_t count, const DrawSettings* settings, float* logits) {
+  const int64_t V = model_.config.vocab_size, C = round_up(model_.config.n_embd, kLanes);
+  const float* normed = normed_.get(0);
+  const auto convert = [&](const Matrix& w) {
+    linear_.convert(w, count, [&](int64_t i, const Activations& a) {
+      kernels().convert_row(normed + i * C, w, a, i);
+    });
+  };
+  convert(model_.screen);
+  linear_.multiply(model_.screen, count, logits, V, false, Activation::kNone);
+
+  std::vector<char> is_needed(model_.head.panels(), 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const DrawSettings& s = settings[i];
+    const float* screened = logits + i * V;
+    const int64_t limit = std::min(V, s.vocab_limit);
+    double squares = 0;
+    for (int64_t c = 0; c < C; ++c) squares += double{normed[i * C + c]} * normed[i * C + c];
+    const float length = static_cast<float>(std::sqrt(squares) * 1.000001);
+    const auto lower = [&](int64_t v) { return screened[v] - length * model_.screen_errors[v]; };
+    // the largest lower bounds, as many as tokens are kept, the smallest of them on top
+    const size_t kept = s.temperature != 0 && s.top_k > 0 ? std::min(s.top_k, limit) : 1;
+    std::priority_queue<float, std::vector<float>, std::greater<float>> largest;
+    for (int64_t v = 0; v < limit; ++v) {
+      const float bound = lower(v);
+      if (largest.size() < kept) {
+        largest.push(bound);
+      } else if (bound > largest.top()) {
+        largest.pop();
+        largest.push(bound);
+      }
+    }
+    float certain = largest.top();
+    if (s.temperature != 0 && s.top_k == 0) {  // min_p
+      certain += static_cast<float>(s.temperature * std::log(s.min_p)) * 1.000001f;
+    }
+    for (int64_t v = 0; v < limit; ++v) {
+      // so that NaN counts as needed
+      if (!(screened[v] + length * model_.screen_errors[v] < certain))
+        is_needed[v / kPanelWidth] = 1;
+    }
+  }
+  std::vector<int32_t> panels;
+  for (size_t p = 0; p < is_needed.size(); ++p) {
+    if (is_needed[p]) panels.push_back(static_cast<int32_t>(p));
+  }
+  std::fill_n(logits, count * V, std::numeric_limits<float>::lowest());
+  convert(model_.head);
+  linear_.multiply_panels(model_.head, count, panels, logits, V);
+}
+
 template <class F>
-void Decoder::for_logits(const Batch& batch, float* out, const F& f) {
+void Decoder::for_logits(const Batch& batch, float* out, const DrawSettings* settings, const F& f) {
   const int64_t V = model_.config.vocab_size, C = round_up(model_.config.n_embd, kLanes);
   const float* stream = stream_.get(0);
   float* normed = normed_.get(std::min(kLogitRows, batch.num_outputs) * C);
   for (int64_t first = 0; first < batch.num_outputs; first += kLogitRows) {
     const int64_t count = std::min(kLogitRows, batch.num_outputs - first);
     float* logits = out ? out + first * V : logits_.get(count * V);
-    linear_.convert(model_.head, count, [&](int64_t i, const Activations& a) {
+    Team::get().run(count, [&](int64_t i, int) {
       normalize(stream + batch.output_rows[first + i] * C, model_.norm_f_weight, model_.norm_f_bias,
                 normed + i * C);
-      kernels().convert_row(normed + i * C, model_.head, a, i);
     });
-    linear_.multiply(model_.head, count, logits, V, false, Activation::kNone);
+    if (can_screen(settings, batch.num_outputs)) {
+      screened_logits(count, settings, logits);
+    } else {
+      linear_.convert(model_.head, count, [&](int64_t i, const Activations& a) {
+        kernels().convert_row(normed + i * C, model_.head, a, i);
+      });
+      linear_.multiply(model_.head, count, logits, V, false, Activation::kNone);
+    }
     Team::get().run(count, [&](int64_t i, int) { f(first + i, logits + i * V); });
   }
 }
@@ -306,7 +381,7 @@ void Decoder::hidden(const Batch& batch, float* out) {
 void Decoder::logits(const Batch& batch, float* out) {
   prepare(batch);
   run_blocks(batch);
-  for_logits(batch, out, [](int64_t, const float*) {});
+  for_logits(batch, out, nullptr, [](int64_t, const float*) {});
 }
 
 void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
@@ -318,7 +393,7 @@ void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
   }
   prepare(batch);
   run_blocks(batch);
-  for_logits(batch, nullptr, [&](int64_t i, const float* logits) {
+  for_logits(batch, nullptr, nullptr, [&](int64_t i, const float* logits) {
     out[i] = logits[targets[i]] - kernels().log_sum_exp(logits, static_cast<int>(V));
   });
 }
@@ -326,7 +401,7 @@ void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
 void Decoder::sample(const Batch& batch, const DrawSettings* settings, Drawn* out) {
   prepare(batch);
   run_blocks(batch);
-  for_logits(batch, nullptr, [&](int64_t i, const float* logits) {
+  for_logits(batch, nullptr, settings, [&](int64_t i, const float* logits) {
     out[i] = draw(logits, model_.config.vocab_size, settings[i]);
   });
 }

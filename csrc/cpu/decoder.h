@@ -59,9 +59,12 @@ class Decoder {
                          int64_t stride, Activation activation);
   void add_product(const float* x, int64_t stride, const Matrix& w);
   void normalize(const float* x, const float* weight, const float* bias, float* out) const;
-  // Calls f(first, count, logits) for some output rows at a time.
+  // Calls f(i, logits) for each output row. Logits are written to `out`, or to scratch where that
+  // is null. With settings, those that cannot be drawn may be the lowest float instead.
   template <class F>
-  void for_logits(const Batch& batch, float* out, const F& f);
+  void for_logits(const Batch& batch, float* out, const DrawSettings* settings, const F& f);
+  bool can_screen(const DrawSettings* settings, int64_t count) const;
+  void screened_logits(int64_t count, const DrawSettings* settings, float* logits);
 
   const Model model_;
   KvCache cache_;

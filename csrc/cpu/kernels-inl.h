@@ -5,6 +5,7 @@
 #include "linear-inl.h"
 #include "attention-inl.h"
 #include "pack-inl.h"
+#include "ceilings-inl.h"
 // clang-format on
 
 const Kernels kTable = {
@@ -16,4 +17,5 @@ const Kernels kTable = {
     merge_states, finish_state,
     unpack_row,   pack_panel,
     max_or_nan,   log_sum_exp,
+    read_memory,  multiply_registers,
 };

@@ -130,6 +130,9 @@ struct Kernels {
                      uint16_t* minimums);
   float (*max_or_nan)(const float* x, int n);
   float (*log_sum_exp)(const float* x, int n);
+  // For benchmarks, see ceilings-inl.h.
+  float (*read_memory)(const uint8_t* p, int64_t bytes);
+  int (*multiply_registers)(WeightKind kind, int64_t rounds);
 };
 
 const Kernels& kernels();  // of the active ISA, see isa.h

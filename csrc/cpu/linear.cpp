@@ -16,18 +16,31 @@ void Linear::make_room(const Matrix& w, int64_t rows) {
                   offsets_.get(rows * groups * w.digits), sums_.get(rows * groups)};
 }
 
-void Linear::multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
-                      Activation activation) {
+template <class F>
+void Linear::multiply_some(const Matrix& w, int64_t rows, int64_t panels, const F& panel_of,
+                           const Epilogue& epilogue) {
   Team& team = Team::get();
   float* room = tiles_.get(team.num_threads() * kTileFloats);
-  const int64_t panels = w.panels(), blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   team.run(panels * blocks, [&](int64_t item, int thread) {
     const int64_t first_row = item / panels * kRowBlock;
-    kernels().linear_tile(w, activations_, first_row,
-                          static_cast<int>(std::min(kRowBlock, rows - first_row)),
-                          static_cast<int>(item % panels), room + thread * kTileFloats,
-                          {out + first_row * stride, stride, adds, activation});
+    Epilogue shifted = epilogue;
+    shifted.out += first_row * epilogue.stride;
+    kernels().linear_tile(
+        w, activations_, first_row, static_cast<int>(std::min(kRowBlock, rows - first_row)),
+        static_cast<int>(panel_of(item % panels)), room + thread * kTileFloats, shifted);
   });
+}
+
+void Linear::multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
+                      Activation activation) {
+  multiply_some(w, rows, w.panels(), [](int64_t i) { return i; }, {out, stride, adds, activation});
+}
+
+void Linear::multiply_panels(const Matrix& w, int64_t rows, const std::vector<int32_t>& panels,
+                             float* out, int64_t stride) {
+  multiply_some(w, rows, static_cast<int64_t>(panels.size()), [&](int64_t i) { return panels[i]; },
+                {out, stride, false, Activation::kNone});
 }
 
 }  // namespace leangpt::cpu

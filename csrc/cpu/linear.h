@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "buffer.h"
 #include "kernels.h"
@@ -20,9 +21,16 @@ class Linear {
   // out (rows, stride) = activation(rows w^T + bias), or += if it adds.
   void multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
                 Activation activation);
+  // Only the given panels of out = rows w^T + bias.
+  void multiply_panels(const Matrix& w, int64_t rows, const std::vector<int32_t>& panels,
+                       float* out, int64_t stride);
 
  private:
   void make_room(const Matrix& w, int64_t rows);
+  // `panel_of(i)` for each of some panels.
+  template <class F>
+  void multiply_some(const Matrix& w, int64_t rows, int64_t panels, const F& panel_of,
+                     const Epilogue& epilogue);
 
   Activations activations_;
   Buffer<uint8_t> rows_;

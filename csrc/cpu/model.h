@@ -34,6 +34,11 @@ struct Model {
   float rope_magnitude;      // factor on cos and sin
   Matrix embedding;
   Matrix head;  // the same as `embedding` where they are tied
+  // An int8 copy of the head to find the rows that can still win, or null data; and what bounds its
+  // error: for a hidden state x, a screened logit is within |x| times `screen_errors` of the
+  // head's, the rounding of both products included.
+  Matrix screen;
+  const float* screen_errors;  // (round_up(vocab_size, 64))
 };
 
 }  // namespace leangpt::cpu

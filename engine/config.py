@@ -155,7 +155,14 @@ _LLAMA: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # for CPUs; training sets vocab_size to that of the data's tokenizer
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "max_seq_len": 128, **_LLAMA},
-    "mini": {"n_layer": 4, "n_head": 6, "n_embd": 192, "max_seq_len": 256, **_LLAMA},
+    "mini": {
+        "n_layer": 3,
+        "n_head": 3,
+        "n_embd": 192,
+        "max_seq_len": 256,
+        "qk_norm": True,
+        **_LLAMA,
+    },
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256, **_LLAMA},
     "gpt2": {},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},

@@ -46,6 +46,15 @@ int guarded(const F& f) {
   }
 }
 
+// What the team of threads works at.
+template <class F>
+int guarded_work(const F& f) {
+  return guarded([&] {
+    const auto turn = leangpt::cpu::Team::get().turn();
+    f();
+  });
+}
+
 }  // namespace
 
 LEANGPT_EXPORT const char* leangpt_error() { return error.c_str(); }
@@ -77,7 +86,7 @@ LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
 // source[row_of[i]], a zero row where that is negative; row_of has round_up(n, 64) entries.
 LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16,
                                 const int64_t* row_of) {
-  return guarded([&] {
+  return guarded_work([&] {
     using namespace leangpt::cpu;
     const int64_t k = w->k, padded_k = w->padded_k(), groups = w->groups();
     Team& team = Team::get();
@@ -114,7 +123,7 @@ LEANGPT_EXPORT int leangpt_pack(const Matrix* w, const void* source, int is_bf16
 // For each row of the head the length of what its int8 copy lacks, and of what rounding can add to
 // either product, both for a hidden state of length 1: see Model::screen_errors.
 LEANGPT_EXPORT int leangpt_screen_errors(const Matrix* head, const Matrix* screen, float* errors) {
-  return guarded([&] {
+  return guarded_work([&] {
     using namespace leangpt::cpu;
     const int64_t width = round_up(head->k, kLanes);
     // float32: k roundings to 2^-24 of it, with room; bfloat16: of the activations too
@@ -143,7 +152,7 @@ LEANGPT_EXPORT void leangpt_unpack_row(const Matrix* w, int row, float* out) {
 // The product of (rows, round_up(k, 16)) activations with a packed matrix, for tests and benchmarks
 // of that alone.
 LEANGPT_EXPORT int leangpt_linear(const Matrix* w, const float* x, int64_t rows, float* out) {
-  return guarded([&] {
+  return guarded_work([&] {
     const int64_t stride = leangpt::cpu::round_up(w->k, leangpt::cpu::kLanes);
     leangpt::cpu::Linear linear;
     linear.convert(*w, rows, [&](int64_t row, const leangpt::cpu::Activations& a) {
@@ -181,22 +190,22 @@ LEANGPT_EXPORT int32_t leangpt_free_blocks(Decoder* decoder) {
 }
 
 LEANGPT_EXPORT int leangpt_hidden(Decoder* decoder, const Batch* batch, float* out) {
-  return guarded([&] { decoder->hidden(*batch, out); });
+  return guarded_work([&] { decoder->hidden(*batch, out); });
 }
 
 LEANGPT_EXPORT int leangpt_logits(Decoder* decoder, const Batch* batch, float* out) {
-  return guarded([&] { decoder->logits(*batch, out); });
+  return guarded_work([&] { decoder->logits(*batch, out); });
 }
 
 LEANGPT_EXPORT int leangpt_logprobs(Decoder* decoder, const Batch* batch, const int64_t* targets,
                                     float* out) {
-  return guarded([&] { decoder->logprobs(*batch, targets, out); });
+  return guarded_work([&] { decoder->logprobs(*batch, targets, out); });
 }
 
 LEANGPT_EXPORT int leangpt_sample(Decoder* decoder, const Batch* batch,
                                   const leangpt::cpu::DrawSettings* settings,
                                   leangpt::cpu::Drawn* out) {
-  return guarded([&] { decoder->sample(*batch, settings, out); });
+  return guarded_work([&] { decoder->sample(*batch, settings, out); });
 }
 
 LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,

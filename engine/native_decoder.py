@@ -64,8 +64,8 @@ class NativeDecoder:
             raise ValueError(f"kv_dtype must be float32 or bfloat16, got {kv_dtype!r}")
         if num_blocks is None:
             num_blocks = self._default_blocks()
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be positive, got {num_blocks}")
+        if not 1 <= num_blocks < 2**31:
+            raise ValueError(f"num_blocks must be positive and below 2**31, got {num_blocks}")
         self._num_blocks = num_blocks
         self._model = packed.model()
         self._handle: c_void_p | None = None

@@ -63,8 +63,12 @@ void Decoder::prepare(const Batch& batch) {
     }
   }
   int64_t needed = 0;
+  std::unordered_map<int32_t, int32_t> leaving;  // sequences that part from a shared page
   for (const auto& [sequence, tokens] : new_tokens) {
-    needed += cache_.blocks_needed(cache_.at(sequence), tokens);
+    const Sequence& s = cache_.at(sequence);
+    needed += cache_.blocks_needed(s, tokens);
+    const int32_t page = cache_.shared_page(s);
+    if (page >= 0 && ++leaving[page] == cache_.num_holders(page)) --needed;  // one may keep it
   }
   if (needed > cache_.free_blocks()) {
     throw CacheFull("the key/value cache is full: this step needs " + text(needed) +

@@ -8,7 +8,7 @@
 namespace leangpt::cpu {
 
 KvCache::KvCache(int n_layer, int n_kv_head, int head_dim, KvKind kind, int32_t num_blocks)
-    : n_layer_(n_layer), kind_(kind), num_blocks_(num_blocks), counts_(num_blocks, 0) {
+    : n_layer_(n_layer), kind_(kind), num_blocks_(num_blocks) {
   const int64_t bytes = kind == KvKind::kFp32 ? 4 : 2;
   value_offset_ = round_up(head_dim * kLanes * bytes, 64);
   head_bytes_ = value_offset_ + round_up(round_up(head_dim, kLanes) * kLanes * bytes, 64);
@@ -69,8 +69,12 @@ Sequence& KvCache::at(int64_t sequence) {
 
 int64_t KvCache::blocks_needed(const Sequence& s, int64_t tokens) const {
   const int64_t blocks = round_up(s.length + tokens, kBlockSize) / kBlockSize;
-  const bool copies_last = s.length % kBlockSize != 0 && counts_[s.block_table.back()] > 1;
-  return blocks - static_cast<int64_t>(s.block_table.size()) + copies_last;
+  return blocks - static_cast<int64_t>(s.block_table.size()) + (shared_page(s) >= 0);
+}
+
+int32_t KvCache::shared_page(const Sequence& s) const {
+  const bool is_shared = s.length % kBlockSize != 0 && counts_[s.block_table.back()] > 1;
+  return is_shared ? s.block_table.back() : -1;
 }
 
 void KvCache::reserve(Sequence& s, int64_t tokens) {
@@ -81,8 +85,9 @@ void KvCache::reserve(Sequence& s, int64_t tokens) {
                     std::to_string(free_blocks()) + " of " + std::to_string(num_blocks_) +
                     " are free. Drop sequences, or make the cache larger (num_blocks)");
   }
-  if (s.length % kBlockSize != 0 && counts_[s.block_table.back()] > 1) {
-    const int32_t old = s.block_table.back(), fresh = take_block();
+  const int32_t old = shared_page(s);
+  if (old >= 0) {
+    const int32_t fresh = take_block();
     for (int layer = 0; layer < n_layer_; ++layer) {
       std::memcpy(page(layer, 0, fresh), page(layer, 0, old), block_bytes_);
     }
@@ -105,6 +110,7 @@ int32_t KvCache::take_block() {
   int32_t block;
   if (free_.empty()) {
     block = used_++;
+    counts_.resize(used_);
   } else {
     block = free_.back();
     free_.pop_back();

@@ -38,6 +38,9 @@ class KvCache {
   // Throws std::invalid_argument for a sequence that is not there.
   Sequence& at(int64_t sequence);
 
+  // The page that the next token is written to, where other sequences hold it too; else -1.
+  int32_t shared_page(const Sequence& sequence) const;
+  int32_t num_holders(int32_t page) const { return counts_[page]; }
   // Pages that growing sequence by `tokens` takes, the copy of a shared one included.
   int64_t blocks_needed(const Sequence& sequence, int64_t tokens) const;
   // Give the sequence pages of its own for that many more tokens. Throws CacheFull, and changes

@@ -164,6 +164,10 @@ static void unpack_row(const Matrix& w, int row, float* out) {
   const uint8_t* panel = w.data + panel_index * w.panel_bytes();
   const int64_t padded = round_up(w.k, kLanes);
   for (int64_t k = 0; k < padded; ++k) {
+    if (k >= w.k) {  // an asymmetric format may hold something else there
+      out[k] = 0;
+      continue;
+    }
     switch (w.kind) {
       case WeightKind::kFp32:
         std::memcpy(out + k, panel + (k * kPanelWidth + lane) * 4, 4);

@@ -60,7 +60,7 @@ struct Team::State {
   alignas(64) std::atomic<int> sleeping_workers{0};
   std::atomic<bool> is_caller_sleeping{false};
   std::atomic<bool> is_stopping{false};
-  std::mutex mutex;
+  std::mutex mutex, turn;
   std::condition_variable work, finished;
   std::vector<std::thread> workers;
 
@@ -174,11 +174,14 @@ void Team::set_num_threads(int count) {
   if (count < 1) {
     throw std::invalid_argument("threads must be at least 1, got " + std::to_string(count));
   }
+  const auto mine = turn();
   wanted_threads = count;
   if (count == num_threads()) return;
   state_->stop();
   state_->start(count);
 }
+
+std::unique_lock<std::mutex> Team::turn() { return std::unique_lock<std::mutex>(state_->turn); }
 
 void Team::run_erased(int64_t items, Function function, const void* context) {
   if (items == 1 || state_->workers.empty()) {

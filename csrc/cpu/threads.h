@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 
 namespace leangpt::cpu {
 
@@ -15,11 +16,13 @@ class Team {
 
   ~Team();
   int num_threads() const;
-  // From 1 on; the caller counts as one. Not while work is running.
+  // From 1 on; the caller counts as one. Waits for its turn.
   void set_num_threads(int count);
 
+  // A turn: whoever calls `run` holds one, which callers in several threads get one after another.
+  std::unique_lock<std::mutex> turn();
+
   // Call f(item, thread) for each item in [0, items), on several threads; return when all are done.
-  // One caller at a time.
   template <class F>
   void run(int64_t items, const F& f) {
     run_erased(

@@ -60,7 +60,7 @@ static void scale(const float* x, float factor, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 
-// The largest of n floats; NaN where one of them is.
+// The largest of n floats; NaN where one of them is NaN or infinite.
 static float max_or_nan(const float* x, int n) {
   Vec largest = broadcast(x[0]), probe = zero();
   int i = 0;
@@ -72,7 +72,7 @@ static float max_or_nan(const float* x, int n) {
   bool is_nan = tail != tail;
   for (; i < n; ++i) {
     top = x[i] > top ? x[i] : top;
-    is_nan |= x[i] != x[i];
+    is_nan |= !(x[i] - x[i] == 0);
   }
   return is_nan ? std::nanf("") : top;
 }

@@ -53,6 +53,7 @@ void change_each(const int64_t* tokens, int64_t count, int64_t vocab_size, std::
 // sum to at least p. Finds it by partition, as a selection that weighs: the candidates halve at
 // each turn, and nothing is sorted whole.
 double top_p_threshold(std::vector<double> values, double top_p) {
+  if (values.empty()) return -std::numeric_limits<double>::infinity();  // penalties overflowed
   const double best = *std::max_element(values.begin(), values.end());
   double total = 0;
   for (double v : values) total += std::exp(v - best);

@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -41,14 +40,18 @@ sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH is set
 from harness import ROOT, environment, print_json, print_table
 from peers import ENGINES, matrix_bytes
 
-from leangpt import GPT, GPTConfig, machine
+from leangpt import GPT, GPTConfig
 from leangpt.kernels import decode
 from leangpt.native_decoder import NativeDecoder
 from leangpt.packed import PackedModel
 from leangpt.pretrained import save_pretrained
 
 SEED = 42
-FORMATS = ("fp32", "bf16", "int8", "int8_dynamic", "int4", "int4_dynamic")
+# "_screen": greedy draws read an int8 copy of the head first, and of the head only what can still win
+FORMATS = (
+    *("fp32", "fp32_screen", "bf16", "bf16_screen"),
+    *("int8", "int8_dynamic", "int4", "int4_dynamic"),
+)
 WORKER = Path(__file__).with_name("peers.py")
 
 # the precision of a variant's weights: engines are compared with those of the same
@@ -135,7 +138,7 @@ class Contender:
     def kv_element_bytes(self) -> int:
         """As the engines have it by default (OpenVINO's is taken to be 16 bits)."""
         if self.is_own or self.engine == "torch":
-            return 4 if self.variant in ("fp32", "dynamic_int8") else 2
+            return 4 if self.precision == "fp32" or self.variant == "dynamic_int8" else 2
         return 4 if self.engine == "ctranslate2" else 2
 
 
@@ -231,40 +234,22 @@ def one_core_busy() -> Iterator[None]:
 
 
 class Ceilings:
-    """The limits of the machine, sampled throughout the run."""
+    """The limits of the machine for the engine's threads, sampled throughout the run."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self) -> None:
         self.reads: list[float] = []
-        memory = np.ones(2**28, dtype=np.float32)  # 1 GiB: more than any cache
-        self.parts = np.array_split(memory, threads)
-        self.pool = ThreadPoolExecutor(threads)
-        generator = np.random.default_rng(0)
-        self.matrix = generator.standard_normal((2048, 2048), dtype=np.float32)
-        self.products: dict[str, list[float]] = {"fp32": [], "bf16": []}
+        self.products: dict[str, list[float]] = {"fp32": [], "bf16": [], "int8": []}
 
     def sample(self) -> None:
-        for _ in range(2):
-            start = time.perf_counter()
-            list(self.pool.map(np.max, self.parts))
-            self.reads.append(4 * 2**28 / (time.perf_counter() - start))
-        operations = 2 * len(self.matrix) ** 3
-        start = time.perf_counter()
-        self.matrix @ self.matrix
-        self.products["fp32"].append(operations / (time.perf_counter() - start))
-        if machine.multiplies_bf16("cpu"):
-            matrix = torch.from_numpy(self.matrix).bfloat16()
-            start = time.perf_counter()
-            matrix @ matrix
-            self.products["bf16"].append(operations / (time.perf_counter() - start))
+        self.reads.append(decode.read_bandwidth(512, seconds=0.1))
+        for kind, name in ((decode.FP32, "fp32"), (decode.BF16, "bf16"), (decode.INT8, "int8")):
+            self.products[name].append(decode.multiply_rate(kind, seconds=0.03))
 
     @property
     def flops(self) -> dict[str, float]:
-        """Operations per second of numpy's (fp32) and torch's (bf16) matrix products; twice the latter for integers."""
-        fp32 = max(self.products["fp32"])
-        bf16 = max(self.products["bf16"], default=fp32)
-        # instructions on bytes do twice the products of those on bfloat16; nothing here measures them
-        return {"fp32": fp32, "bf16": bf16, "int8": 2 * bf16, "int4": 2 * bf16}
+        """Operations per second on registers; int4 is multiplied as int8."""
+        peaks = {name: max(rates) for name, rates in self.products.items()}
+        return peaks | {"int4": peaks["int8"]}
 
     @property
     def read(self) -> float:
@@ -311,7 +296,7 @@ def dequantised(packed: PackedModel, model: GPT) -> GPT:
     lanes = decode.LANES
     for name in packed.tensors:
         owner, _, part = name.rpartition(".")
-        if part != "data":
+        if part != "data" or owner == "screen":
             continue
         weight = torch.from_numpy(decode.unpack(packed.matrix(owner)).copy())
         if owner.endswith("mlp_in") and model.config.is_gated:  # panels of gate and up in turn
@@ -353,7 +338,7 @@ def logit_error(decoder: NativeDecoder, model: GPT, prompt: list[int]) -> float:
 def own_limit(variant: str) -> float:
     if variant.endswith("_dynamic"):
         return OWN_LIMITS["dynamic"]
-    return OWN_LIMITS.get(variant, OWN_LIMITS["weights"])
+    return OWN_LIMITS.get(variant.removesuffix("_screen"), OWN_LIMITS["weights"])
 
 
 def greedy_gap(model: GPT, prompt: list[int], text: Sequence[int]) -> float:
@@ -371,12 +356,13 @@ class Bench:
         self.references: dict[str, GPT] = {}  # by name of the contender, where not the model
         self.checks: dict[str, dict[str, float]] = {c.name: {} for c in contenders}
         self.samples: dict[str, dict[str, Samples]] = {}
-        self.ceilings = Ceilings(threads)
+        self.ceilings = Ceilings()
 
     def prepare_own(self, contender: Contender) -> None:
         """Pack the model, and compare logits with those of the weights that the format stands for."""
         start = time.perf_counter()
-        decoder = NativeDecoder.from_model(self.model, format=contender.variant)
+        format, screen, _ = contender.variant.partition("_screen")
+        decoder = NativeDecoder.from_model(self.model, format=format, has_screen=bool(screen))
         checks = self.checks[contender.name]
         checks["pack_s"] = round(time.perf_counter() - start, 3)
         decoder.save(contender.folder / f"{contender.variant}.leangpt")
@@ -483,6 +469,9 @@ def work_of(case: Case, contender: Contender, config: GPTConfig) -> tuple[float,
     values = 2 * config.n_layer * config.kv_heads * config.head_size
     context = min(case.prompt, config.max_seq_len - case.new) + case.new / 2
     read = contender.weight_bytes + case.batch * context * values * contender.kv_element_bytes
+    if contender.variant.endswith("_screen") and case.batch <= 4:
+        element_bytes = 4 if contender.precision == "fp32" else 2
+        read -= config.vocab_size * config.n_embd * (element_bytes - 1)
     layer = config.n_embd * config.inner_size * (2 + config.is_gated)
     layer += config.n_embd * config.head_size * 2 * (config.n_head + config.kv_heads)
     tokens = case.batch * case.prompt

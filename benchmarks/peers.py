@@ -124,9 +124,10 @@ class Leangpt:
 
 
 def matrix_bytes(packed: Any) -> int:
-    """Bytes of a packed model that every token reads: all but the tables that are only looked up."""
-    tied = packed.config.tie_embeddings
-    tables = ("positions", "frequencies") if tied else ("positions", "frequencies", "embedding")
+    """Bytes of a packed model that a token reads: all but tables that are only looked up, and the copy of the head."""
+    tables = ["positions", "frequencies", "screen"]
+    if not packed.config.tie_embeddings:
+        tables.append("embedding")
     return sum(
         size for name, (_, size) in packed.tensors.items() if name.partition(".")[0] not in tables
     )

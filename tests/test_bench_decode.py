@@ -72,7 +72,7 @@ def test_dequantised_model_is_the_model_in_fp32_and_near_it_in_int8(config):
 @pytest.mark.parametrize("format", bench_decode.FORMATS)
 def test_logit_error_tells_right_from_wrong(format):
     model = GPT(GPT2).eval()
-    decoder = NativeDecoder.from_model(model, format=format)
+    decoder = NativeDecoder.from_model(model, format=format.removesuffix("_screen"))
     reference = bench_decode.dequantised(decoder.packed, model)
     limit = bench_decode.own_limit(format)
     assert bench_decode.logit_error(decoder, reference, PROMPT) <= limit
@@ -134,7 +134,14 @@ def test_ratios_are_to_the_fastest_peer_of_the_same_precision():
 
 @pytest.mark.usefixtures("engine")
 def test_run_ends_with_one_json_document(tmp_path):
-    options = ["--model", "tiny", "--formats", "int8", "--cases", "start,decode-32,ragged"]
+    options = [
+        "--model",
+        "tiny",
+        "--formats",
+        "int8,fp32_screen",
+        "--cases",
+        "start,decode-32,ragged",
+    ]
     options += ["--rounds", "1", "--threads", "1", "--plot", tmp_path / "bars.png"]
     script = ROOT / "benchmarks" / "bench_decode.py"
     run = subprocess.run(
@@ -142,7 +149,14 @@ def test_run_ends_with_one_json_document(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout.splitlines()[-1])
-    assert [row["case"] for row in document["rows"]] == ["start", "decode-32", "ragged"]
+    found = [(row["case"], row["variant"]) for row in document["rows"]]
+    assert sorted(found) == [
+        ("decode-32", "fp32_screen"),
+        ("decode-32", "int8"),
+        ("ragged", "int8"),
+        ("start", "fp32_screen"),
+        ("start", "int8"),
+    ]
     assert all(row.get("tokens/s", 1) > 0 for row in document["rows"])
     assert document["errors"] == {}
     assert document["checks"]["leangpt int8"]["greedy_gap"] < 0.1

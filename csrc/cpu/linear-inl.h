@@ -25,8 +25,8 @@ constexpr int64_t kStepBytes = 256;
 // Inputs are summed in blocks, and the blocks added: long sums lose less so. 256 steps are 64 KB of
 // a panel, which stay in the L2 cache.
 constexpr int64_t kBlockSteps = 256;
-constexpr int64_t kPrefetchBytes =
-    1024;  // ahead of where a few rows read their weights from memory
+// How far ahead of its products a tile of few rows asks for weights: it is bound by memory.
+constexpr int64_t kPrefetchBytes = 4096;
 
 struct Fp32Format {
   using Element = float;

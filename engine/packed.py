@@ -188,13 +188,18 @@ class PackedModel:
             raise ValueError(
                 f"{path}: damaged: the weights do not have the hash that the header tells"
             )
-        packed = cls(
-            GPTConfig.from_dict(header["config"]),
-            WeightFormat.parse(header["format"]),
-            header["rope_magnitude"],
-            {name: (first, size) for name, (first, size) in header["tensors"].items()},
-            memory,
-        )
+        try:
+            packed = cls(
+                GPTConfig.from_dict(header["config"]),
+                WeightFormat.parse(header["format"]),
+                float(header["rope_magnitude"]),
+                {name: (first, size) for name, (first, size) in header["tensors"].items()},
+                memory,
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: damaged: its header is not that of a packed model ({error!r})"
+            ) from error
         expected = _plan(
             packed.config, packed.format, _present_tensors(packed.config, packed.has_screen)
         )
@@ -219,15 +224,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     if hashlib.sha256(text).digest() != digest:
         raise ValueError(f"{path}: damaged: its header does not have the hash that it should")
     header = json.loads(text)
-    if header["version"] != VERSION:
+    version = header.get("version")
+    if version != VERSION:
         raise ValueError(
-            f"{path}: packed by another version of leangpt (file format {header['version']}, expected {VERSION}): "
+            f"{path}: packed by another version of leangpt (file format {version}, expected {VERSION}): "
             "pack the model again"
         )
     start = _round_up(_PREFIX.size + length, _PAGE)
-    if size != start + header["data_bytes"]:
+    data_bytes = size - start
+    if data_bytes != header.get("data_bytes"):
         raise ValueError(
-            f"{path}: cut short or overlong: {size} bytes, expected {start + header['data_bytes']}"
+            f"{path}: cut short or overlong: {data_bytes} bytes of weights, expected {header.get('data_bytes')}"
         )
     return header, start
 

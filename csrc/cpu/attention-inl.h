@@ -6,14 +6,8 @@
 // A chunk: scores s_j = q . k_j (16 keys in the lanes of a Vec), m = max s_j, p_j = exp(s_j - m), l
 // = sum p_j, o = sum p_j v_j. Reference: Dao, 2023, https://arxiv.org/abs/2307.08691
 
-template <KvKind kKind>
-static inline Vec load_kv(const uint8_t* p, int64_t index) {
-  if constexpr (kKind == KvKind::kFp32) {
-    return load(reinterpret_cast<const float*>(p) + index);
-  } else {
-    return load_bf16(reinterpret_cast<const uint16_t*>(p) + index);
-  }
-}
+// Keys and values lie as the weights of a product do (see Matrix), so one product serves all: 64
+// bytes are 16 keys with 1 of their elements (bf16: 2), or 16 elements of 1 value (bf16: 2 values).
 
 constexpr int kUnroll = 4;
 constexpr int side_by_side(int queries) {  // pages or Vecs of a value that are summed at a time
@@ -22,20 +16,20 @@ constexpr int side_by_side(int queries) {  // pages or Vecs of a value that are 
                                               : kAttentionSums / queries;
 }
 
-template <KvKind kKind, int kQueries, int kPages>
-static void score_pages(const AttentionTile& tile, int page, float (*scores)[kChunkKeys]) {
+template <class Format, int kQueries, int kPages>
+static void score_pages(const AttentionTile& tile, int page,
+                        const typename Format::Element (*queries)[kMaxHeadDim],
+                        float (*scores)[kChunkKeys]) {
   Vec sums[kQueries][kPages];
   const uint8_t* keys[kPages];
   for (int p = 0; p < kPages; ++p) {
     keys[p] = tile.pages.base + tile.pages.block_table[page + p] * tile.pages.block_bytes;
     for (int q = 0; q < kQueries; ++q) sums[q][p] = zero();
   }
-  for (int d = 0; d < tile.head_dim; ++d) {
+  for (int d = 0; d < tile.head_dim; d += Format::kInputs) {
     for (int p = 0; p < kPages; ++p) {
-      const Vec key = load_kv<kKind>(keys[p], d * kLanes);
-      for (int q = 0; q < kQueries; ++q) {
-        sums[q][p] = fma(key, broadcast(tile.queries[q][d]), sums[q][p]);
-      }
+      const auto key = Format::load_weights(keys[p] + d / Format::kInputs * 64);
+      for (int q = 0; q < kQueries; ++q) sums[q][p] = Format::dot(sums[q][p], key, queries[q] + d);
     }
   }
   const int column = page * kLanes % kChunkKeys;
@@ -44,31 +38,35 @@ static void score_pages(const AttentionTile& tile, int page, float (*scores)[kCh
   }
 }
 
-template <KvKind kKind, int kQueries, int kVecs>
-static void sum_values(const AttentionTile& tile, int first_key, int last_key, int column,
-                       const float (*weights)[kChunkKeys], float (*out)[kMaxHeadDim]) {
-  const int64_t width = round_up(tile.head_dim, kLanes);
+// Weights of keys that a query does not see are 0.
+template <class Format, int kQueries, int kVecs>
+static void sum_values(const AttentionTile& tile, int first_key, int last_key, int vec,
+                       const typename Format::Element (*weights)[kChunkKeys],
+                       float (*out)[kMaxHeadDim]) {
+  const int64_t step_bytes = round_up(tile.head_dim, kLanes) / kLanes * 64;
   Vec sums[kQueries][kVecs];
   for (int q = 0; q < kQueries; ++q) {
     for (int v = 0; v < kVecs; ++v) sums[q][v] = zero();
   }
-  for (int key = first_key; key < last_key; ++key) {
-    const uint8_t* values = tile.pages.base +
-                            tile.pages.block_table[key / kLanes] * tile.pages.block_bytes +
-                            tile.pages.value_offset;
-    Vec value[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      value[v] = load_kv<kKind>(values, key % kLanes * width + column + v * kLanes);
-    }
+  for (int key = first_key / Format::kInputs * Format::kInputs; key < last_key;
+       key += Format::kInputs) {
+    const uint8_t* values =
+        tile.pages.base + tile.pages.block_table[key / kLanes] * tile.pages.block_bytes +
+        tile.pages.value_offset + key % kLanes / Format::kInputs * step_bytes + vec * 64;
+    typename Format::Weights value[kVecs];
+    for (int v = 0; v < kVecs; ++v) value[v] = Format::load_weights(values + v * 64);
     for (int q = 0; q < kQueries; ++q) {
-      const Vec weight = broadcast(weights[q][key % kChunkKeys]);
-      for (int v = 0; v < kVecs; ++v) sums[q][v] = fma(weight, value[v], sums[q][v]);
+      const auto* weight = weights[q] + key % kChunkKeys;
+      for (int v = 0; v < kVecs; ++v) sums[q][v] = Format::dot(sums[q][v], value[v], weight);
     }
   }
   for (int q = 0; q < kQueries; ++q) {
-    for (int v = 0; v < kVecs; ++v) store(out[q] + column + v * kLanes, sums[q][v]);
+    for (int v = 0; v < kVecs; ++v) store(out[q] + (vec + v) * kLanes, sums[q][v]);
   }
 }
+
+static inline void store_elements(float* p, Vec v) { store(p, v); }
+static inline void store_elements(uint16_t* p, Vec v) { store_bf16(p, v); }
 
 // An empty state has the weight sum 0.
 static void merge_states(float* into, const float* from, int head_dim) {
@@ -89,7 +87,7 @@ static void merge_states(float* into, const float* from, int head_dim) {
   into[0] = top;
 }
 
-template <KvKind kKind, int kQueries>
+template <class Format, int kQueries>
 static void attend_queries(const AttentionTile& tile, int chunk, float* const* states) {
   const int chunk_first = chunk * kChunkKeys, chunk_last = chunk_first + kChunkKeys;
   int first[kQueries], last[kQueries], begin = chunk_last, end = chunk_first;
@@ -102,16 +100,27 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
   }
   if (begin >= end) return;
 
+  using Element = typename Format::Element;
+  alignas(64) Element queries[kQueries][kMaxHeadDim];
+  const int width = static_cast<int>(round_up(tile.head_dim, kLanes));
+  for (int q = 0; q < kQueries; ++q) {
+    for (int i = 0; i < width; i += kLanes) {
+      store_elements(queries[q] + i,
+                     keep_lanes(load(tile.queries[q] + i), 0, tile.head_dim - i, 0.0f));
+    }
+  }
+
   alignas(64) float scores[kQueries][kChunkKeys];
   const int first_page = begin / kLanes, last_page = (end + kLanes - 1) / kLanes;
   constexpr int kPages = side_by_side(kQueries);
   for (int page = first_page; page < last_page; page += kPages) {
     with_constant<kPages>(last_page - page < kPages ? last_page - page : kPages, [&](auto P) {
-      score_pages<kKind, kQueries, decltype(P)::value>(tile, page, scores);
+      score_pages<Format, kQueries, decltype(P)::value>(tile, page, queries, scores);
     });
   }
 
   alignas(64) float partial[kLanes + kMaxHeadDim];
+  alignas(64) Element weights[kQueries][kChunkKeys];
   float tops[kQueries], totals[kQueries];
   for (int q = 0; q < kQueries; ++q) {
     totals[q] = 0;
@@ -126,22 +135,20 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
     tops[q] = reduce_max(largest);
     for (int page = first_page; page < last_page; ++page) {
       const int key = page * kLanes;
-      float* at = scores[q] + key % kChunkKeys;
-      Vec weight = exp(load(at) - broadcast(tops[q]));
+      Vec weight = exp(load(scores[q] + key % kChunkKeys) - broadcast(tops[q]));
       weight = keep_lanes(weight, first[q] - key, last[q] - key, 0.0f);
       total = total + weight;
-      store(at, weight);
+      store_elements(weights[q] + key % kChunkKeys, weight);
     }
     totals[q] = sees_nothing ? 0.0f : reduce_add(total);
   }
 
   alignas(64) float sums[kQueries][kMaxHeadDim];
-  const int width = static_cast<int>(round_up(tile.head_dim, kLanes));
   constexpr int kVecs = side_by_side(kQueries);
-  for (int column = 0; column < width; column += kVecs * kLanes) {
-    const int left = (width - column) / kLanes;
+  for (int vec = 0; vec < width / kLanes; vec += kVecs) {
+    const int left = width / kLanes - vec;
     with_constant<kVecs>(left < kVecs ? left : kVecs, [&](auto V) {
-      sum_values<kKind, kQueries, decltype(V)::value>(tile, begin, end, column, scores, sums);
+      sum_values<Format, kQueries, decltype(V)::value>(tile, begin, end, vec, weights, sums);
     });
   }
   for (int q = 0; q < kQueries; ++q) {
@@ -156,9 +163,9 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
 static void attend_chunk(const AttentionTile& tile, int chunk, float* const* states) {
   with_constant<kMaxQueries>(tile.num_queries, [&](auto Q) {
     if (tile.pages.kind == KvKind::kFp32) {
-      attend_queries<KvKind::kFp32, decltype(Q)::value>(tile, chunk, states);
+      attend_queries<Fp32Format, decltype(Q)::value>(tile, chunk, states);
     } else {
-      attend_queries<KvKind::kBf16, decltype(Q)::value>(tile, chunk, states);
+      attend_queries<Bf16Format, decltype(Q)::value>(tile, chunk, states);
     }
   });
 }
@@ -182,18 +189,32 @@ static inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Element (d, slot) of the keys and (slot, d) of the values of a page. Of a pair of values the
+// second is 0 until it comes.
+template <int kInputs, class Element, class F>
+static void append_elements(const float* key, const float* value, int head_dim, Element* keys,
+                            Element* values, int slot, bool is_last, const F& to_element) {
+  const int width = static_cast<int>(round_up(head_dim, kLanes));
+  for (int d = 0; d < round_up(head_dim, kInputs); ++d) {
+    keys[(d / kInputs * kLanes + slot) * kInputs + d % kInputs] =
+        to_element(d < head_dim ? key[d] : 0.0f);
+  }
+  Element* pairs = values + slot / kInputs * kInputs * width;
+  for (int d = 0; d < width; ++d) {
+    pairs[d * kInputs + slot % kInputs] = to_element(d < head_dim ? value[d] : 0.0f);
+    if (kInputs == 2 && slot % 2 == 0 && is_last) pairs[d * kInputs + 1] = 0;
+  }
+}
+
 static void append_kv(const float* key, const float* value, int head_dim, KvKind kind,
-                      uint8_t* page, int64_t value_offset, int slot) {
-  const int64_t width = round_up(head_dim, kLanes);
+                      uint8_t* page, int64_t value_offset, int slot, bool is_last) {
+  uint8_t* values = page + value_offset;
   if (kind == KvKind::kFp32) {
-    auto* keys = reinterpret_cast<float*>(page);
-    auto* values = reinterpret_cast<float*>(page + value_offset) + slot * width;
-    for (int d = 0; d < head_dim; ++d) keys[d * kLanes + slot] = key[d];
-    for (int d = 0; d < width; ++d) values[d] = d < head_dim ? value[d] : 0.0f;
+    append_elements<1>(key, value, head_dim, reinterpret_cast<float*>(page),
+                       reinterpret_cast<float*>(values), slot, is_last, [](float x) { return x; });
   } else {
-    auto* keys = reinterpret_cast<uint16_t*>(page);
-    auto* values = reinterpret_cast<uint16_t*>(page + value_offset) + slot * width;
-    for (int d = 0; d < head_dim; ++d) keys[d * kLanes + slot] = to_bf16(key[d]);
-    for (int d = 0; d < width; ++d) values[d] = d < head_dim ? to_bf16(value[d]) : 0;
+    append_elements<2>(key, value, head_dim, reinterpret_cast<uint16_t*>(page),
+                       reinterpret_cast<uint16_t*>(values), slot, is_last,
+                       [](float x) { return to_bf16(x); });
   }
 }

@@ -54,7 +54,7 @@ void Decoder::prepare(const Batch& batch) {
       fail("a sequence holds at most " + text(config.max_seq_len) + " tokens, got " +
            text(expected + 1));
     }
-    rows_[i] = {&sequence, expected};
+    rows_[i] = {&sequence, expected, false};
   }
   for (int64_t i = 0; i < batch.num_outputs; ++i) {
     if (batch.output_rows[i] < 0 || batch.output_rows[i] >= batch.num_tokens) {
@@ -78,6 +78,10 @@ void Decoder::prepare(const Batch& batch) {
   }
   for (const auto& [sequence, tokens] : new_tokens) {
     cache_.reserve(cache_.at(sequence), tokens);
+  }
+  for (int64_t i = 0; i < batch.num_tokens; ++i) {
+    const int64_t length = rows_[i].sequence->length + new_tokens[batch.sequences[i]];
+    rows_[i].is_last = rows_[i].position == length - 1;
   }
 
   const int heads_per_kv = config.n_head / config.n_kv_head;
@@ -180,7 +184,7 @@ void Decoder::run_blocks(const Batch& batch) {
       for (int head = 0; head < H_kv; ++head) {
         k.append_kv(keys + head * D, values + head * D, D, cache_.kind(),
                     cache_.page(layer, head, block), cache_.value_offset(),
-                    static_cast<int>(position % kLanes));
+                    static_cast<int>(position % kLanes), rows_[row].is_last);
       }
     });
     attend(layer, qkv, attended);

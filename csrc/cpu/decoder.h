@@ -45,6 +45,7 @@ class Decoder {
   struct Row {
     Sequence* sequence;
     int64_t position;
+    bool is_last;  // of its sequence in this batch
   };
   // Consecutive rows of one sequence that attend together.
   struct Tile {

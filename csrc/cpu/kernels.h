@@ -10,7 +10,7 @@ constexpr int kLanes = 16;       // floats of a Vec, keys of a page
 constexpr int kPanelVecs = 4;    // Vecs of outputs in a panel
 constexpr int kPanelWidth = 64;  // outputs of a panel
 constexpr int kChunkKeys = 256;  // keys whose softmax is formed at once
-constexpr int kMaxTileQueries = 8;
+constexpr int kMaxTileQueries = 12;
 constexpr int kMaxHeadDim = 512;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -66,7 +66,8 @@ struct Activations {
 enum class KvKind : int32_t { kFp32 = 0, kBf16 = 1 };
 
 // Where the keys and values of one sequence and key head lie: page b holds keys 16 b to 16 b + 15
-// as (D, 16), and from `value_offset` on the values as (16, round_up(D, 16)).
+// as a Vec of keys for each element (bf16: for each pair of elements), and from `value_offset` on
+// the values as Vecs of elements for each value (bf16: for each pair of values).
 struct KvPages {
   const uint8_t* base;
   const int32_t* block_table;
@@ -115,9 +116,10 @@ struct Kernels {
   // In place: pairs (x[i], x[i + D/2]).
   void (*rotate)(float* x, const float* cos, const float* sin, int head_dim);
   void (*scale)(const float* x, float factor, int n, float* out);
-  // Write a key and a value to their place in a page.
+  // Write a key and a value to their place in a page. The last of a sequence clears what will be
+  // the other one of its pair.
   void (*append_kv)(const float* key, const float* value, int head_dim, KvKind kind, uint8_t* page,
-                    int64_t value_offset, int slot);
+                    int64_t value_offset, int slot, bool is_last);
   // Keys of chunk `chunk` of the queries' keys into states[q], which hold what earlier chunks gave.
   void (*attend_chunk)(const AttentionTile& tile, int chunk, float* const* states);
   void (*merge_states)(float* into, const float* from, int head_dim);

@@ -10,7 +10,7 @@ namespace leangpt::cpu {
 KvCache::KvCache(int n_layer, int n_kv_head, int head_dim, KvKind kind, int32_t num_blocks)
     : n_layer_(n_layer), kind_(kind), num_blocks_(num_blocks) {
   const int64_t bytes = kind == KvKind::kFp32 ? 4 : 2;
-  value_offset_ = round_up(head_dim * kLanes * bytes, 64);
+  value_offset_ = round_up(round_up(head_dim, 2) * kLanes * bytes, 64);
   head_bytes_ = value_offset_ + round_up(round_up(head_dim, kLanes) * kLanes * bytes, 64);
   block_bytes_ = head_bytes_ * n_kv_head;
   layer_bytes_ = block_bytes_ * num_blocks;

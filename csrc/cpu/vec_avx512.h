@@ -102,5 +102,5 @@ constexpr int kTileRows = 6;
 constexpr int tile_vecs(int rows) { return rows <= kTileRows ? 4 : 1; }
 constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 4 : 2; }
 // Queries that attend together.
-constexpr int kMaxQueries = 8;
-constexpr int kAttentionSums = 16;
+constexpr int kMaxQueries = 12;
+constexpr int kAttentionSums = 24;

@@ -202,7 +202,9 @@ static void append_elements(const float* key, const float* value, int head_dim, 
   Element* pairs = values + slot / kInputs * kInputs * width;
   for (int d = 0; d < width; ++d) {
     pairs[d * kInputs + slot % kInputs] = to_element(d < head_dim ? value[d] : 0.0f);
-    if (kInputs == 2 && slot % 2 == 0 && is_last) pairs[d * kInputs + 1] = 0;
+  }
+  if (kInputs == 2 && slot % 2 == 0 && is_last) {
+    for (int d = 0; d < width; ++d) pairs[d * kInputs + 1] = 0;
   }
 }
 

@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 # ninja, for the extension
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test build bench lint format types clean
+.PHONY: help demo test sanitize build bench lint format types clean
 
 help:            ## list these targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -24,6 +24,19 @@ demo: build      ## train a small GPT on this machine in minutes and generate fr
 test: build      ## run the tests
 	@$(BIN)/python -m pytest -q
 
+ISAS := portable avx2 avx512 avx512_bf16
+
+sanitize: build/sanitize/address build/sanitize/thread  ## run the decode engine under ASan, UBSan and TSan, on every ISA
+	@set -e; for isa in $(ISAS); do for program in $^; do \
+	    echo "$$program $$isa"; LEANGPT_CPU_ISA=$$isa $$program; done; done
+
+build/sanitize/address: SANITIZERS := address,undefined
+build/sanitize/thread: SANITIZERS := thread
+build/sanitize/%: $(wildcard csrc/cpu/*) tests/native/engine_test.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -pthread -ffp-contract=off -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
+	    -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Icsrc/cpu $(filter %.cpp,$^) -o $@
+
 bench: build     ## check every op against float64, then time it (under three minutes)
 	@$(BIN)/python benchmarks/bench_ops.py
 
@@ -33,12 +46,12 @@ lint: build types  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
 
 format: build    ## rewrite the sources as lint wants them
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
 
 types:           ## show type checkers the import name: .types/leangpt -> engine, kernels
 	@rm -rf .types && mkdir -p .types/leangpt

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -450,6 +451,46 @@ class TestCache:
         for sequence in texts:
             decoder.drop(sequence)
         assert decoder.num_free_blocks == decoder.num_blocks
+
+
+class TestGenerator:
+    def test_ten_thousand_requests_some_of_them_cancelled_leave_nothing(self):
+        """From several threads, at any point of their life."""
+        model = make_model(n_head=2, n_embd=16, n_layer=1, vocab_size=31, **LLAMA)
+        decoder = NativeDecoder.from_model(model, "int8", num_blocks=40)
+        generator = Generator(decoder, max_batch_size=8, max_waiting=30)
+
+        def work(seed: int) -> int:
+            rng = np.random.default_rng(seed)
+            num_cancelled = 0
+            for _ in range(125):
+                handles = []
+                for _ in range(10):
+                    length, most, n = (int(rng.integers(1, end)) for end in (40, 4, 3))
+                    params = SamplingParams(max_new_tokens=most, n=n, seed=seed)
+                    handles.append(generator.submit(text_of(length, seed, 31), params))
+                for handle in handles:
+                    if rng.random() < 0.5:
+                        handle.cancel()
+                        num_cancelled += 1
+                    else:
+                        handle.result(timeout=60)
+            return num_cancelled
+
+        with ThreadPoolExecutor(8) as pool:
+            assert 4000 < sum(pool.map(work, range(8))) < 6000
+        assert decoder.num_free_blocks == decoder.num_blocks
+
+    @pytest.mark.parametrize("num_blocks", [5, 6, 9])
+    def test_completions_of_a_prompt_fit_where_their_pages_do(self, num_blocks):
+        """They part from the prompt's last page in one step."""
+        options = {"max_new_tokens": 12, "n": 3, "seed": 1, "temperature": 1.0}
+        prompt = text_of(20)
+        completions = [
+            Generator(make("llama", num_blocks=n)).generate(prompt, SamplingParams(**options))
+            for n in (num_blocks, 1000)
+        ]
+        assert [c.token_ids for c in completions[0]] == [c.token_ids for c in completions[1]]
 
 
 class TestErrors:

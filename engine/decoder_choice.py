@@ -1,7 +1,10 @@
 """Which decoder runs a model: the native one on a CPU, PyTorch's elsewhere, and for what the native one does not know."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from leangpt.kernels import decode
 
 from .decoder import Decoder
 from .native_decoder import NativeDecoder, native_obstacle
@@ -11,6 +14,7 @@ if TYPE_CHECKING:  # a packed model runs without torch
 
     from .model import GPT
 
+_log = logging.getLogger("leangpt")
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}  # by the dtype of a model's weights
 
 
@@ -71,15 +75,21 @@ def decoder_of(
     Raises:
         ValueError: one of these was asked for, and the native decoder cannot run the model.
     """
+    from leangpt.kernels.dispatch import forced_backend
+
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
     obstacle = native_obstacle(model.config, dtype)
     if model.device.type != "cpu":
         obstacle = f"the model is on {model.device}, not on a CPU"
+    elif forced_backend() == "reference":
+        obstacle = "the reference was asked for (use_backend, LEANGPT_BACKEND)"
     if obstacle is None:
         return NativeDecoder.from_model(model, format or _FORMATS[dtype], num_blocks=num_blocks)
     for name, value in (("format", format), ("num_blocks", num_blocks)):
         if value is not None:
             raise ValueError(f"{name}={value!r} needs the native decoder, but {obstacle}")
+    if decode.unavailable_reason:
+        _log.warning("text is generated on PyTorch, slowly: %s", obstacle)
     from .torch_decoder import TorchDecoder
 
     return TorchDecoder(model)

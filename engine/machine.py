@@ -8,8 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from leangpt.kernels import describe_backends
-from leangpt.kernels.decode import cpu_isa
+from leangpt.kernels import decode, describe_backends
 
 
 def use_threads() -> None:
@@ -67,6 +66,13 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def decode_engine() -> str:
+    """What generates text on this CPU."""
+    if decode.unavailable_reason:
+        return f"PyTorch, slowly; the native one is {decode.unavailable_reason}"
+    return f"native, {decode.cpu_isa()} instructions, {decode.num_threads()} threads"
+
+
 def describe() -> dict[str, str]:
     """Everything `leangpt info` prints, in order."""
     device = default_device()
@@ -75,7 +81,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
-        "cpu instructions": cpu_isa() or "unknown without the native extension",
+        "decode engine": decode_engine(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "bf16 products": "in hardware"
         if multiplies_bf16(device)

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import decode, native, reference
+from . import native, reference
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 
@@ -51,6 +51,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced_backend() -> Backend | None:
+    """The backend that `use_backend` or LEANGPT_BACKEND asks for, if one does."""
+    return _forced
 
 
 def _obstacle(backend: Backend, op: str, device: str, needs_grad: bool) -> str | None:
@@ -88,9 +93,7 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
 
 def describe_backends(device: str) -> dict[Backend, str]:
     """What each backend offers on `device` ("cpu" or "cuda"), in words: for `leangpt info` and the logs."""
-    native_state = native.unavailable_reason or (
-        f"{len(native.OPS)} ops, CPU instructions: {decode.cpu_isa()}"
-    )
+    native_state = native.unavailable_reason or f"{len(native.OPS)} ops"
     triton_state = f"{len(TRITON_OPS)} ops" if device in triton_devices else f"not on {device}"
     return {"native": native_state, "triton": triton_state, "reference": "all ops, on PyTorch"}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from leangpt import GPT, SamplingParams
 from leangpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from leangpt.generator import Generator
-from leangpt.kernels import decode
+from leangpt.kernels import decode, use_backend
 from leangpt.native_decoder import NativeDecoder
 from leangpt.pretrained import save_pretrained
 from leangpt.stop import StopText
@@ -660,6 +660,10 @@ class TestDecoderChoice:
         assert generator.decoder.num_blocks == 7
         with pytest.raises(ValueError, match="int7"):
             Generator.from_pretrained(str(tmp_path), format="int7")
+
+    def test_torch_where_the_reference_is_asked_for(self):
+        with use_backend("reference"):
+            assert isinstance(Generator(small_model().float()).decoder, TorchDecoder)
 
     def test_torch_for_what_the_native_one_does_not_know(self):
         for dtype in (torch.float64, torch.float16):

@@ -4,6 +4,8 @@ Sums are accumulated in fp32 or wider, here or inside PyTorch's own op. Called w
 float64 reference. Arguments and shapes are described in ops.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -196,3 +198,107 @@ def penalize(
     factor = torch.where(in_context, repetition_penalty[:, None], 1.0)
     logits = torch.where(logits > 0, logits / factor, logits * factor)
     return logits - torch.where(in_text, presence_penalty[:, None], 0.0)
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix `(N, K)` in integers, of which each group of inputs has its scale: what `quantize` gives."""
+
+    values: Tensor  # (N, groups, K / groups) int8, zeros behind the last input
+    scale: Tensor  # (N, groups): float32 with one group of all inputs, else float16
+    minimum: Tensor | None  # (N, groups) float16; None: symmetric
+    num_inputs: int
+
+
+def quantize(
+    weight: Tensor, bits: int, group: int = 0, is_asymmetric: bool = False
+) -> QuantizedWeight:
+    """Weights as integers q, which stand for `scale * q`, or asymmetric for `scale * q + minimum`.
+
+    With 8 bits, q is in [-127, 127] and the largest weight of a group has 127. With 4 bits, q is in [-8, 7]: of nine scales
+    that one counts whose integers q have the highest correlation with the weights w (asymmetric: with their means taken off
+    both), and the scale becomes `w.w / q.w`, which leaves an error orthogonal to w: least squares, `q.w / q.q`, would shrink
+    all weights. In the end weights are rounded with the scales as they are stored.
+
+    Args:
+        weight: `(N, K)`; it is rounded as float32.
+        bits: 8 or 4.
+        group: inputs that share a scale; 0: all of an output.
+        is_asymmetric: groups have a minimum too; 4 bits only.
+    """
+    N, K = weight.shape
+    size = group or K
+    x = F.pad(weight.float(), (0, -K % size)).view(N, -1, size)  # (N, groups, size)
+    minimum = None
+    if bits == 8:
+        lowest, highest = -127, 127
+        scale = x.abs().amax(-1) / 127
+    else:
+        lowest, highest = -8, 7
+        scale, best_minimum = _fit_int4(x, is_asymmetric)
+        minimum = best_minimum.half() if is_asymmetric else None
+    # integers cannot tell of NaN and infinity: the scale becomes NaN
+    scale = torch.where(x.isfinite().all(-1), scale, torch.nan)
+    if group:
+        scale = scale.half()  # from here on as products see it
+    wide = scale.float()
+    inverse = torch.where(wide == 0, 0.0, 1 / wide)
+    shifted = x if minimum is None else x - minimum.float()[..., None]
+    values = (
+        (shifted * inverse[..., None]).round().clamp(lowest, highest).nan_to_num().to(torch.int8)
+    )
+    return QuantizedWeight(values, scale, minimum, K)
+
+
+def _fit_int4(x: Tensor, is_asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of each group of `x` `(N, groups, size)`, by a search."""
+    low, high = x.aminmax(dim=-1)
+    middle = 0.5 * (low + high) if is_asymmetric else torch.zeros_like(low)
+    x = x - middle[..., None]
+    mean_x = x.double().mean(-1) if is_asymmetric else torch.zeros_like(low, dtype=torch.float64)
+    wide = x.double() - mean_x[..., None]
+    best_scale = torch.zeros_like(low)
+    best_minimum = low.clone() if is_asymmetric else torch.zeros_like(low)
+    best_likeness = torch.zeros_like(mean_x)
+    for candidate in range(9):
+        if is_asymmetric:
+            scale = (high - low) / (15 + 0.4 * (candidate - 1))
+            shift = 0.5 * scale
+        else:
+            # the weight of largest magnitude takes the side of -8, which is the longer one
+            scale = torch.where(-low > high, low, high) / (-8 - 0.25 * (candidate - 4))
+            shift = torch.zeros_like(scale)
+        q = ((x - shift[..., None]) * (1 / scale)[..., None]).round().clamp(-8, 7).double()
+        mean_q = q.mean(-1) if is_asymmetric else torch.zeros_like(mean_x)
+        q = q - mean_q[..., None]
+        qx = (q * wide).sum(-1)
+        likeness = qx.square() / q.square().sum(-1)
+        is_better = (scale != 0) & (likeness > best_likeness)
+        best_likeness = torch.where(is_better, likeness, best_likeness)
+        stretched = wide.square().sum(-1) / qx
+        best_scale = torch.where(is_better, stretched.float(), best_scale)
+        if is_asymmetric:
+            minimum = middle + mean_x - stretched * mean_q
+            best_minimum = torch.where(is_better, minimum.float(), best_minimum)
+    return best_scale, best_minimum
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The weights that products see: `(N, K)` float32."""
+    x = weight.scale.float()[..., None] * weight.values
+    if weight.minimum is not None:
+        x = x + weight.minimum.float()[..., None]
+    return x.flatten(1)[:, : weight.num_inputs]
+
+
+def round_activations(x: Tensor, group: int = 0) -> Tensor:
+    """What a product with dynamic activations sees of `x` `(..., K)`: integers in [-127, 127] times the scale of a group."""
+    K = x.shape[-1]
+    size = group or K
+    groups = F.pad(x, (0, -K % size)).unflatten(-1, (-1, size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest == 0, 0.0, 127 / largest)
+    return ((groups * inverse).round() * (largest / 127)).flatten(-2)[..., :K]
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    return F.linear(x, dequantize(weight).to(x.dtype), bias)

@@ -30,48 +30,60 @@ struct Quantized {
 };
 
 // Scale (and minimum) of a group of weights, w = scale * q + minimum with integer q in [-8, 7]: of
-// some candidate roundings the one of least squared error, with the scale that is best for it.
+// some candidate roundings the one that is most like the weights, by their correlation. Its scale
+// leaves an error that is orthogonal to the weights. Least squares would have it orthogonal to the
+// rounded ones, which are shorter then: all matrices of a model would shrink by what their error is
+// of them, near 0.6 %, and its predictions become flatter.
 static Quantized fit_int4(const float* x, int n, bool is_asymmetric) {
-  float low = x[0], high = x[0];
-  for (int i = 1; i < n; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
+  Vec lowest = load(x), highest = lowest;
+  for (int i = kLanes; i < n; i += kLanes) {
+    lowest = min(lowest, load(x + i));
+    highest = max(highest, load(x + i));
   }
-  Quantized best = {0, 0};
-  float best_gain = -1;
+  const float low = -reduce_max(zero() - lowest), high = reduce_max(highest);
+  const float count = static_cast<float>(n);
+  const float middle = is_asymmetric ? 0.5f * (low + high) : 0.0f;
+  const Vec offset = broadcast(middle);
+  Vec sum_x = zero(), sum_xx = zero();
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec v = load(x + i) - offset;
+    sum_x = sum_x + v;
+    sum_xx = fma(v, v, sum_xx);
+  }
+  const float mean_x = is_asymmetric ? reduce_add(sum_x) / count : 0.0f;
+  const float xx = reduce_add(sum_xx) - count * mean_x * mean_x;
+  Quantized best = {0, is_asymmetric ? low : 0};
+  float best_likeness = 0;
   for (int candidate = 0; candidate < 9; ++candidate) {
-    float scale, shift;
+    float scale, shift = 0;
     if (is_asymmetric) {
       scale = (high - low) / (15.0f + 0.4f * static_cast<float>(candidate - 1));
-      shift = 0.5f * (low + high) + 0.5f * scale;
+      shift = 0.5f * scale;
     } else {
       // the weight of largest magnitude takes the side of -8, which is the longer one
       scale = (-low > high ? low : high) / (-8.0f - 0.25f * static_cast<float>(candidate - 4));
-      shift = 0;
     }
-    if (!(scale != 0)) return {0, is_asymmetric ? low : 0};
-    const Vec inverse = broadcast(1.0f / scale), offset = broadcast(shift);
-    Vec sum_q = zero(), sum_qq = zero(), sum_qx = zero(), sum_x = zero();
+    if (!(scale != 0)) break;
+    const Vec inverse = broadcast(1.0f / scale), shifts = broadcast(shift);
+    Vec sum_q = zero(), sum_qq = zero(), sum_qx = zero();
     for (int i = 0; i < n; i += kLanes) {
-      const Vec v = load(x + i);
-      const Vec q = min(broadcast(7), max(broadcast(-8), round((v - offset) * inverse)));
+      const Vec v = load(x + i) - offset;
+      const Vec q = min(broadcast(7), max(broadcast(-8), round((v - shifts) * inverse)));
       sum_q = sum_q + q;
       sum_qq = fma(q, q, sum_qq);
       sum_qx = fma(q, v, sum_qx);
-      sum_x = sum_x + v;
     }
-    // least squares: gain is what the fit takes off the sum of squares
-    const float count = static_cast<float>(n);
-    float qq = reduce_add(sum_qq), qx = reduce_add(sum_qx);
-    const float mean_q = is_asymmetric ? reduce_add(sum_q) / count : 0.0f;
-    const float mean_x = is_asymmetric ? reduce_add(sum_x) / count : 0.0f;
-    qq -= count * mean_q * mean_q;
-    qx -= count * mean_q * mean_x;
-    if (!(qq > 0)) continue;
-    const float gain = qx * qx / qq;
-    if (gain > best_gain) {
-      best_gain = gain;
-      best = {qx / qq, mean_x - qx / qq * mean_q};
+    float qq = reduce_add(sum_qq), qx = reduce_add(sum_qx), mean_q = 0;
+    if (is_asymmetric) {
+      mean_q = reduce_add(sum_q) / count;
+      qq -= count * mean_q * mean_q;
+      qx -= count * mean_q * mean_x;
+    }
+    const float likeness = qx * qx / qq;
+    if (likeness > best_likeness) {
+      best_likeness = likeness;
+      best.scale = xx / qx;
+      if (is_asymmetric) best.minimum = middle + mean_x - best.scale * mean_q;
     }
   }
   return best;

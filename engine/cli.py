@@ -1,4 +1,4 @@
-"""The command line: `leangpt prepare | train | generate | export | demo | info`.
+"""The command line: `leangpt prepare | train | generate | evaluate | export | demo | info`.
 
 Each command is a dataclass whose fields are its options; the functions only parse, print, and call the library.
 """
@@ -52,14 +52,27 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Measure what weight formats cost: perplexity, and how far the predictions are from those of fp32."""
+
+    model: str = str(DEMO_RUN)
+    data: Path = Path("data/stdlib")  # prepared data, whose validation set is read, or a text file
+    format: str = "bf16,int8,int8_dynamic,int4"  # with commas between; fp32 is always measured
+    batches: int = 16  # of eight sequences, at most
+    seq_len: int | None = None  # None: the model's max_seq_len, or 1024 where that is longer
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a model in another format."""
 
     out: Positional[Path]
     model: str = str(DEMO_RUN)
-    format: Literal["auto", "hf", "native"] = (
-        "auto"  # auto: Hugging Face's where it can express the model
+    format: Literal["auto", "hf", "native", "packed"] = (
+        "auto"  # auto: Hugging Face's where it can express the model; packed: runs on CPUs without PyTorch
     )
+    weights: str | None = None  # packed: their format, such as int8 or int4; None: fp32
 
 
 @dataclass(frozen=True)
@@ -212,14 +225,49 @@ def _converse(generator: Any, options: Generate) -> None:
             print(f"leangpt: {error}", file=sys.stderr)
 
 
-def _export(argv: Sequence[str]) -> None:
+def _evaluate(argv: Sequence[str]) -> None:
     from .data.tokenizer import load_tokenizer
-    from .pretrained import load_model, resolve_model, save_pretrained
+    from .evaluate import evaluate, read_text
+    from .pretrained import load_model, resolve_model
+    from .weight_format import WeightFormat
 
-    options = _parse(Export, "export", argv)
+    options = _parse(Evaluate, "evaluate", argv)
+    formats = [name.strip() for name in options.format.split(",")]
+    for name in formats:
+        WeightFormat.parse(name)  # a mistake is told before the model is loaded
     path = resolve_model(options.model)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
-    save_pretrained(load_model(path), options.out, tokenizer, format=options.format)
+    model = load_model(path)
+    seq_len = min(model.config.max_seq_len, 1024) if options.seq_len is None else options.seq_len
+    text = read_text(options.data, tokenizer, seq_len, options.batches)
+    rows = evaluate(model, text, formats, progress=sys.stderr.isatty())
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return
+    print(f"{text.num_targets:,} tokens of {options.data}, in windows of {seq_len}")
+    print("format             perplexity  vs fp32   bits/byte  KL, nats  same top-1        MB")
+    for row in rows:
+        change = row.perplexity / rows[0].perplexity - 1
+        print(
+            f"{row.format:18} {row.perplexity:10.4f} {change:+8.3%}  {row.bits_per_byte:10.5f} {row.kl:9.6f}  "
+            f"{row.top_1_agreement:10.2%} {row.num_bytes / 1e6:9.2f}"
+        )
+
+
+def _export(argv: Sequence[str]) -> None:
+    from .data.tokenizer import load_tokenizer
+    from .pretrained import load_model, resolve_model, save_packed, save_pretrained
+
+    options = _parse(Export, "export", argv)
+    if options.weights is not None and options.format != "packed":
+        raise ValueError("--weights is an option of --format packed")
+    path = resolve_model(options.model)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    model = load_model(path)
+    if options.format == "packed":
+        save_packed(model, options.out, options.weights or "fp32", tokenizer)
+    else:
+        save_pretrained(model, options.out, tokenizer, format=options.format)
     print(f"wrote {options.out}")
 
 
@@ -246,6 +294,7 @@ COMMANDS = {
     "prepare": (_prepare, "turn text files into token shards"),
     "train": (_train, "train a GPT on prepared data"),
     "generate": (_generate, "generate text from a model"),
+    "evaluate": (_evaluate, "measure what low-bit weights cost"),
     "export": (_export, "write a model in another format"),
     "demo": (_demo, "train a small GPT in minutes and generate from it"),
     "info": (_info, "show what this machine offers"),

@@ -1,10 +1,14 @@
-"""Writing a model folder: Hugging Face's format where an architecture for the options exists, the project's own otherwise."""
+"""Writing a model folder: Hugging Face's format where an architecture for the options exists, the project's own, or packed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..files import atomic_directory
 from ..model import GPT
+from ..native_decoder import pack_model
+from ..packed import PACKED_FILE
 from . import huggingface, native
 from .huggingface_config import closest_architecture
 
@@ -16,6 +20,7 @@ Format = Literal["auto", "hf", "native"]
 # what readers would mix with the new files, or prefer to them; config.json goes first
 _MODEL_FILES = (
     "config.json",
+    PACKED_FILE,
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -55,7 +60,38 @@ def save_pretrained(
             "use format 'native'"
         )
     write = native.write if format == "native" or obstacles else huggingface.write
+    with _model_folder(Path(folder), tokenizer) as temporary:
+        write(model, temporary, _token_ids(tokenizer))
+
+
+def save_packed(
+    model: GPT, folder: str | Path, weights: str, tokenizer: "Tokenizer | None" = None
+) -> None:
+    """Write a model as the native decoder runs it, without torch, and, if one is given, the tokenizer.
+
+    A folder that is there keeps its other files.
+
+    Args:
+        model: in float32 or bfloat16.
+        folder: made where it is not there.
+        weights: their format, see `WeightFormat`.
+        tokenizer: with its chat template, if it has one.
+
+    Raises:
+        FileExistsError: the folder holds a model that is not packed, which would be lost or mixed with this one.
+        ValueError: the format is unknown, or the engine cannot run the model.
+    """
     folder = Path(folder)
+    if any((folder / name).exists() for name in ("config.json", "best.json", "ckpt.pt")):
+        raise FileExistsError(f"{folder}: holds a model that is not packed: choose another folder")
+    packed = pack_model(model, weights)
+    with _model_folder(folder, tokenizer) as temporary:
+        packed.save(temporary / PACKED_FILE)
+
+
+@contextmanager
+def _model_folder(folder: Path, tokenizer: "Tokenizer | None") -> Iterator[Path]:
+    """Give a temporary folder, with the tokenizer in it, whose files become those of the folder."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: must be a folder, got a file")
     # a folder that is there stays: it may be a link or a mount point, and has the user's files
@@ -63,7 +99,7 @@ def save_pretrained(
     with atomic_directory(target) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
-        write(model, temporary, _token_ids(tokenizer))
+        yield temporary
     if target != folder:
         _replace_model(folder, target)
 
@@ -80,7 +116,7 @@ def _token_ids(tokenizer: "Tokenizer | None") -> dict[str, Any]:
 
 
 def _replace_model(folder: Path, new: Path) -> None:
-    """Move the new files in. A kill in between leaves a folder without config.json, not a mixture of two models."""
+    """Move the new files in. A kill in between leaves a folder without a model, not a mixture of two."""
     names = {path.name for path in new.iterdir()}
     stale = list(_MODEL_FILES)
     if any(name.startswith("tokenizer") for name in names):
@@ -88,6 +124,6 @@ def _replace_model(folder: Path, new: Path) -> None:
     for pattern in stale:
         for path in folder.glob(pattern):
             path.unlink()
-    for name in sorted(names, key="config.json".__eq__):
+    for name in sorted(names, key=("config.json", PACKED_FILE).__contains__):
         (new / name).replace(folder / name)
     new.rmdir()

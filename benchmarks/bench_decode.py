@@ -581,12 +581,14 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         raise ValueError("there is nothing to plot: no case with tokens per second ran")
     colours = {"fp32": "#4c72b0", "bf16": "#55a868", "int8": "#dd8452", "int4": "#8172b3"}
     tallest = max(map(len, shown.values()))
-    figure = matplotlib.figure.Figure(
-        figsize=(5 * len(shown), 1.2 + 0.26 * tallest), layout="constrained"
-    )
-    for axes, (name, rows) in zip(
-        figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
-    ):
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    size = (5 * columns, lines * (1.2 + 0.26 * tallest))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, (name, rows) in zip(grid, shown.items(), strict=False):
         rows = sorted(rows, key=lambda row: row["tokens/s"])
         labels = [f"{row['engine']} {row['variant']}" for row in rows]
         speeds = [row["tokens/s"] for row in rows]

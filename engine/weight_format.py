@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 
@@ -34,7 +34,12 @@ class WeightFormat:
                 f"got {name!r}"
             )
         default_group = 32 if kind == "int4" else 0
-        return cls(kind, int(group) if group else default_group, bool(asymmetric), bool(dynamic))
+        return cls(
+            cast(Kind, kind),
+            int(group) if group else default_group,
+            bool(asymmetric),
+            bool(dynamic),
+        )
 
     def __str__(self) -> str:
         group = f"_g{self.group}" if self.group and (self.kind, self.group) != ("int4", 32) else ""

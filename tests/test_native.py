@@ -47,7 +47,9 @@ def test_isa_can_be_forced_where_the_cpu_has_it(isa):
 def test_misspelt_isa_is_an_error():
     run = run_isa("avx1024")
     assert run.returncode == 1
-    assert "LEANGPT_CPU_ISA must be avx512_bf16, avx512, avx2 or portable, got avx1024" in run.stderr
+    assert (
+        "LEANGPT_CPU_ISA must be avx512_bf16, avx512, avx2 or portable, got avx1024" in run.stderr
+    )
 
 
 @pytest.mark.usefixtures("extension")

@@ -41,9 +41,9 @@ from harness import ROOT, environment, print_json, print_table
 from peers import ENGINES, matrix_bytes
 
 from leangpt import GPT, GPTConfig
+from leangpt.decoding.native_decoder import NativeDecoder
+from leangpt.decoding.packed import PackedModel
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
-from leangpt.packed import PackedModel
 from leangpt.pretrained import save_pretrained
 
 SEED = 42

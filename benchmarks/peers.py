@@ -56,11 +56,11 @@ class Leangpt:
 
     @staticmethod
     def load_modules() -> None:
-        import leangpt.native_decoder  # noqa: F401
+        import leangpt.decoding.native_decoder  # noqa: F401
 
     def __init__(self, variant: str, folder: Path, threads: int) -> None:
+        from leangpt.decoding.native_decoder import NativeDecoder
         from leangpt.kernels import decode
-        from leangpt.native_decoder import NativeDecoder
 
         decode.set_num_threads(threads)
         self.decoder = NativeDecoder.from_packed(folder / f"{variant}.leangpt")
@@ -104,7 +104,7 @@ class Leangpt:
 
     @staticmethod
     def _greedy(position: int) -> Any:
-        from leangpt.sampling import RowSampling
+        from leangpt.decoding.sampling import RowSampling
 
         return RowSampling(
             temperature=0,

@@ -15,8 +15,8 @@ import tyro
 from torch import Tensor
 
 from leangpt.data.tokenizer import load_tokenizer
+from leangpt.decoding.native_decoder import pack_model
 from leangpt.evaluate import compare, read_text
-from leangpt.native_decoder import pack_model
 from leangpt.pretrained import load_model, resolve_model
 
 

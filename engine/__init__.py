@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .completion import Completion
     from .config import GPTConfig, RopeScaling, SamplingParams, TrainConfig
-    from .generator import Generator
+    from .generation.completion import Completion
+    from .generation.generator import Generator
     from .model import GPT
     from .training import train
 
@@ -28,9 +28,9 @@ __all__ = [
 
 _MODULES = {
     "GPT": "model",
-    "Completion": "completion",
+    "Completion": "generation.completion",
     "GPTConfig": "config",
-    "Generator": "generator",
+    "Generator": "generation.generator",
     "RopeScaling": "config",
     "SamplingParams": "config",
     "TrainConfig": "config",

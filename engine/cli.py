@@ -150,7 +150,7 @@ def _generate(argv: Sequence[str]) -> None:
         raise FileNotFoundError(
             f"there is no {DEMO_RUN} yet: run `leangpt demo` (or `make demo`) here, or choose a --model"
         )
-    from .generator import Generator
+    from .generation.generator import Generator
 
     generator = Generator.from_pretrained(
         options.model,
@@ -227,9 +227,9 @@ def _converse(generator: Any, options: Generate) -> None:
 
 def _evaluate(argv: Sequence[str]) -> None:
     from .data.tokenizer import load_tokenizer
+    from .decoding.weight_format import WeightFormat
     from .evaluate import evaluate, read_text
     from .pretrained import load_model, resolve_model
-    from .weight_format import WeightFormat
 
     options = _parse(Evaluate, "evaluate", argv)
     formats = [name.strip() for name in options.format.split(",")]

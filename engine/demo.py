@@ -14,7 +14,7 @@ import torch
 from .config import GPTConfig, SamplingParams, TrainConfig
 from .data.batches import Batches, TokenDataset
 from .data.prepare import PrepareConfig, prepare
-from .generator import Generator
+from .generation.generator import Generator
 from .machine import default_device
 from .model import GPT
 from .training import train

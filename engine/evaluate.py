@@ -19,10 +19,10 @@ from .config import GPTConfig
 from .data.batches import TokenDataset, evaluation_batches
 from .data.shards import MANIFEST
 from .data.tokenizer import Tokenizer
+from .decoding.native_decoder import NativeDecoder, pack_model
+from .decoding.packed import PackedModel
+from .decoding.weight_format import WeightFormat
 from .model import GPT
-from .native_decoder import NativeDecoder, pack_model
-from .packed import PackedModel
-from .weight_format import WeightFormat
 
 REFERENCE = "fp32"
 _BATCH_SIZE = 8  # sequences

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from leangpt import GPT, GPTConfig
+from leangpt.decoding.native_decoder import NativeDecoder
+from leangpt.decoding.packed import _empty_matrix, _matrix_shapes, _row_of
+from leangpt.decoding.weight_format import WeightFormat
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
-from leangpt.packed import _empty_matrix, _matrix_shapes, _row_of
-from leangpt.weight_format import WeightFormat
 
 _INTEGERS = ("int8", "int8_g32", "int8_g64", "int8_g128", "int4", "int4_g64", "int4_g128")
 _ASYMMETRIC = ("int4_asym", "int4_asym_g64", "int4_asym_g128")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from leangpt import GPT, GPTConfig
 from leangpt.data.tokenizer import ByteTokenizer
-from leangpt.decoder import CacheFull
-from leangpt.generator import Generator
-from leangpt.torch_sampling import draw
+from leangpt.decoding.decoder import CacheFull
+from leangpt.decoding.torch_sampling import draw
+from leangpt.generation.generator import Generator
 
 EOS = ByteTokenizer().eos_id
 Rule = Callable[[list[int]], Tensor]

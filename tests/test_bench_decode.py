@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 from leangpt import GPT, GPTConfig
+from leangpt.decoding.native_decoder import NativeDecoder
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
 from leangpt.pretrained import save_pretrained
 
 sys.path.append(str(ROOT / "benchmarks"))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from leangpt import GPT, GPTConfig, SamplingParams
-from leangpt.chat import ChatTemplate
 from leangpt.data.huggingface_tokenizer import HuggingFaceTokenizer
 from leangpt.data.tokenizer import ByteTokenizer
-from leangpt.generator import Generator
+from leangpt.generation.chat import ChatTemplate
+from leangpt.generation.generator import Generator
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 sys.path.append(sys.argv[1])
 from leangpt import Generator, SamplingParams
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
+from leangpt.decoding.native_decoder import NativeDecoder
 from native_helpers import LLAMA, make_model, text_of, whole
 results = {"isa": decode.cpu_isa()}
 for format in ("fp32", "bf16", "int8", "int4_asym_g64", "int8_dynamic"):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from leangpt import GPT, GPTConfig, SamplingParams
-from leangpt.completion import Draft, Request
-from leangpt.decoder import Decoder, prefill
-from leangpt.sampling import RowSampling
-from leangpt.torch_decoder import TorchDecoder
-from leangpt.torch_sampling import draw
+from leangpt.decoding.decoder import Decoder, prefill
+from leangpt.decoding.sampling import RowSampling
+from leangpt.decoding.torch_decoder import TorchDecoder
+from leangpt.decoding.torch_sampling import draw
+from leangpt.generation.completion import Draft, Request
 
 BASE = {"vocab_size": 53, "max_seq_len": 48, "n_layer": 3, "n_head": 4, "n_embd": 24}
 LLAMA = {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False}

@@ -13,9 +13,9 @@ from train_helpers import make_data
 from leangpt import GPT, Generator, GPTConfig, SamplingParams, cli, evaluate
 from leangpt.data.batches import TokenDataset, evaluation_batches
 from leangpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from leangpt.decoding.native_decoder import NativeDecoder
 from leangpt.evaluate import EvaluationText
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
 from leangpt.pretrained import load_model, save_pretrained
 
 pytestmark = pytest.mark.usefixtures("native_engine")

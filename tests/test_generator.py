@@ -23,12 +23,12 @@ from torch import Tensor
 
 from leangpt import GPT, SamplingParams
 from leangpt.data.tokenizer import BPETokenizer, ByteTokenizer
-from leangpt.generator import Generator
+from leangpt.decoding.native_decoder import NativeDecoder
+from leangpt.decoding.torch_decoder import TorchDecoder
+from leangpt.generation.generator import Generator
+from leangpt.generation.stop import StopText
 from leangpt.kernels import decode, use_backend
-from leangpt.native_decoder import NativeDecoder
 from leangpt.pretrained import save_pretrained
-from leangpt.stop import StopText
-from leangpt.torch_decoder import TorchDecoder
 
 
 @pytest.fixture(autouse=True)

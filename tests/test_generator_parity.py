@@ -14,7 +14,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from leangpt import SamplingParams
-from leangpt.generator import Generator
+from leangpt.generation.generator import Generator
 from leangpt.pretrained import load_model
 
 transformers.logging.set_verbosity_error()

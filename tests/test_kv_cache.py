@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from leangpt import GPTConfig
-from leangpt.kv_cache import KVCache
+from leangpt.decoding.kv_cache import KVCache
 
 CONFIG = GPTConfig(vocab_size=11, max_seq_len=40, n_layer=2, n_head=4, n_kv_head=2, n_embd=12)
 

@@ -9,8 +9,8 @@ import torch
 
 from leangpt import GPT, Generator, GPTConfig, SamplingParams
 from leangpt.data.tokenizer import ByteTokenizer
+from leangpt.decoding.native_decoder import NativeDecoder
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
 
 NO_TORCH = "import sys; assert 'torch' not in sys.modules, 'torch was imported'"
 
@@ -33,8 +33,8 @@ def run(program: str, *argv: str) -> str:
         "import leangpt",
         "from leangpt import Generator, SamplingParams, Completion, GPTConfig",
         "import leangpt.kernels",
-        "import leangpt.chat, leangpt.data.tokenizer, leangpt.cli",
-        "import leangpt.decoder, leangpt.decoder_choice",
+        "import leangpt.generation.chat, leangpt.data.tokenizer, leangpt.cli",
+        "import leangpt.decoding.decoder, leangpt.decoding.choice",
     ],
 )
 def test_imports_without_torch(statement):

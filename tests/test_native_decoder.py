@@ -29,10 +29,10 @@ from native_helpers import (
 )
 
 from leangpt import Generator, RopeScaling, SamplingParams
-from leangpt.decoder import CacheFull
+from leangpt.decoding.decoder import CacheFull
+from leangpt.decoding.native_decoder import NativeDecoder
+from leangpt.decoding.sampling import RowSampling
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
-from leangpt.sampling import RowSampling
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 
@@ -772,7 +772,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.append({tests!r})
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder
+from leangpt.decoding.native_decoder import NativeDecoder
 from native_helpers import LLAMA, have_same_bits, make_model, one_by_one, text_of
 def make_decoder():
     torch.manual_seed(0)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_helpers import LLAMA, append, make_model, text_of
 
+from leangpt.decoding.native_decoder import NativeDecoder, _draw, _fill
+from leangpt.decoding.sampling import Draw, RowSampling
+from leangpt.decoding.torch_sampling import draw as reference_draw
 from leangpt.kernels import decode
-from leangpt.native_decoder import NativeDecoder, _draw, _fill
-from leangpt.sampling import Draw, RowSampling
-from leangpt.torch_sampling import draw as reference_draw
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 

@@ -11,9 +11,9 @@ import pytest
 from native_helpers import FORMATS, LLAMA, have_same_bits, make_model, text_of, whole
 
 from leangpt import RopeScaling
-from leangpt.native_decoder import NativeDecoder, pack_model
-from leangpt.packed import MAGIC, PackedModel
-from leangpt.weight_format import WeightFormat
+from leangpt.decoding.native_decoder import NativeDecoder, pack_model
+from leangpt.decoding.packed import MAGIC, PackedModel
+from leangpt.decoding.weight_format import WeightFormat
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 
@@ -99,7 +99,7 @@ class TestRoundTrip:
     def test_a_second_process_reads_it(self, saved):
         text = text_of(20)
         program = (
-            "import sys; from pathlib import Path; from leangpt.native_decoder import NativeDecoder\n"
+            "import sys; from pathlib import Path; from leangpt.decoding.native_decoder import NativeDecoder\n"
             f"d = NativeDecoder.from_packed(Path(sys.argv[1])); text = {text}\n"
             "out = d.forward(text, [d.add_sequence()] * 20, range(20), range(20))\n"
             "assert 'torch' not in sys.modules\n"
@@ -133,7 +133,7 @@ class TestWriting:
     def test_a_kill_leaves_the_old_file(self, saved):
         before = saved.read_bytes()
         program = (
-            "import os, sys; from pathlib import Path; from leangpt.packed import PackedModel\n"
+            "import os, sys; from pathlib import Path; from leangpt.decoding.packed import PackedModel\n"
             "packed = PackedModel.load(Path(sys.argv[1]))\n"
             "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
             "packed.save(Path(sys.argv[1]))"

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from helpers import assert_as_accurate
 from native_helpers import WEIGHT_ONLY, PackedMatrix
 
+from leangpt.decoding.weight_format import WeightFormat
 from leangpt.kernels import reference
-from leangpt.weight_format import WeightFormat
 
 FORMATS = [name for name in WEIGHT_ONLY if name not in ("fp32", "bf16")]
 # rows and inputs that fill no panel and no group

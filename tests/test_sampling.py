@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leangpt import SamplingParams
-from leangpt.completion import Draft, Request
+from leangpt.decoding.sampling import Draw
+from leangpt.decoding.torch_sampling import draw
+from leangpt.generation.completion import Draft, Request
 from leangpt.kernels import ops, reference
-from leangpt.sampling import Draw
-from leangpt.torch_sampling import draw
 
 # Salmon et al., 2011: known answers of philox4x32-10, published with Random123
 PHILOX = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leangpt import Completion, Generator, SamplingParams
 from leangpt.data.tokenizer import ByteTokenizer
-from leangpt.speculation import PromptLookup
+from leangpt.generation.speculation import PromptLookup
 
 SONG = b"the cat sat on the mat, the cat sat on the hat, the cat sat on the mat."
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..decoding.native_decoder import pack_model
+from ..decoding.packed import PACKED_FILE
 from ..files import atomic_directory
 from ..model import GPT
-from ..native_decoder import pack_model
-from ..packed import PACKED_FILE
 from . import huggingface, native
 from .huggingface_config import closest_architecture
 

@@ -24,7 +24,7 @@ from ..config import GPTConfig, SamplingParams, TrainConfig
 from ..data.batches import Batches, TokenDataset, evaluation_batches
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..files import read_json
-from ..generator import Generator
+from ..generation.generator import Generator
 from ..machine import matmul_peak, multiplies_bf16
 from ..model import GPT
 from ..pretrained import load_model

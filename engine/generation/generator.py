@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
+from ..config import SamplingParams
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..decoding.choice import decoder_of, load_decoder
+from ..decoding.decoder import Decoder
 from .batcher import Batcher
 from .chat import ChatTemplate, Message
 from .completion import Completion, Draft
-from .config import SamplingParams
-from .data.tokenizer import Tokenizer, load_tokenizer
-from .decoder import Decoder
-from .decoder_choice import decoder_of, load_decoder
 from .handle import Handle
 from .job import Computation, Generation
 from .prompt import Overflow, Prompt, PromptReader, as_list
@@ -26,7 +26,7 @@ from .score import Ranked, Score, Scorer
 if TYPE_CHECKING:  # a packed model runs without torch
     import torch
 
-    from .model import GPT
+    from ..model import GPT
 
 _DEFAULT_PARAMS = SamplingParams()
 
@@ -207,7 +207,7 @@ class Generator:
         """The assistant's next message, in the form that the model's chat template gives to a conversation.
 
         Args:
-            messages: such as `[{"role": "user", "content": "Hello"}]`; roles as in `leangpt.chat.ROLES`.
+            messages: such as `[{"role": "user", "content": "Hello"}]`; roles as in `leangpt.generation.chat.ROLES`.
             variables: for the template, such as `enable_thinking=False`.
             params, overflow: as in `generate`, with n = 1.
 

@@ -20,8 +20,8 @@ import numpy as np
 from leangpt.kernels import decode
 from leangpt.kernels.decode import LANES, PANEL, Layer, Matrix, Model, ModelConfig
 
-from .config import GPTConfig
-from .files import atomic_write
+from ..config import GPTConfig
+from ..files import atomic_write
 from .weight_format import WeightFormat
 
 MAGIC = b"LEANGPT\0"

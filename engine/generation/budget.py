@@ -3,8 +3,8 @@
 Work starts only when the pages it may need at worst are free, so that nothing that has started runs out of them.
 """
 
+from ..decoding.decoder import Decoder
 from .completion import Request
-from .decoder import Decoder
 
 
 class CacheBudget:

@@ -14,14 +14,14 @@ import numpy as np
 
 from leangpt.kernels import decode
 
-from .config import GPTConfig
+from ..config import GPTConfig
 from .decoder import CacheFull, Ints, Output
 from .packed import PackedModel, pack
 from .sampling import Draw, RowSampling
 from .weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from .model import GPT
+    from ..model import GPT
 
 _MAX_HEAD_DIM = 512
 _MAX_INPUTS = 65536  # of a matrix: sums of more 8-bit products might not fit an int32
@@ -43,7 +43,7 @@ def native_obstacle(config: GPTConfig, dtype: str) -> str | None:
 
 
 class NativeDecoder:
-    """A packed model and its paged key/value cache; implements `leangpt.decoder.Decoder`.
+    """A packed model and its paged key/value cache; implements `leangpt.decoding.decoder.Decoder`.
 
     One thread at a time may use it; the work of a step is shared by the threads of `LEANGPT_THREADS`, or all processors.
 
@@ -221,7 +221,7 @@ def pack_model(model: "GPT", format: str, *, has_screen: bool = False) -> Packed
     """
     import torch
 
-    from .rotary import inverse_frequencies
+    from ..rotary import inverse_frequencies
 
     weight_format = WeightFormat.parse(format)
     dtype = model.wte.weight.dtype

@@ -8,7 +8,7 @@ stale NaN would still be NaN.
 import torch
 from torch import Tensor
 
-from .config import GPTConfig
+from ..config import GPTConfig
 
 
 class KVCache:

@@ -17,8 +17,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .data.tokenizer import Tokenizer
-from .files import read_json
+from ..data.tokenizer import Tokenizer
+from ..files import read_json
 
 Message = Mapping[str, Any]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Literal, get_args
 
+from ..config import GPTConfig, SamplingParams
+from ..data.tokenizer import Tokenizer
 from .completion import Request
-from .config import GPTConfig, SamplingParams
-from .data.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Overflow = Literal["error", "truncate"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from leangpt.kernels import log_backend, ops
 
-from .config import GPTConfig
+from ..config import GPTConfig
+from ..model import GPT
 from .decoder import Ints, Output
 from .kv_cache import KVCache
-from .model import GPT
 from .sampling import Draw, RowSampling
 from .torch_sampling import draw
 

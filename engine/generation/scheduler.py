@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 
+from ..decoding.decoder import Decoder
+from ..decoding.sampling import Draw, RowSampling
 from .budget import CacheBudget
 from .completion import Draft
-from .decoder import Decoder
 from .job import Generation
-from .sampling import Draw, RowSampling
 from .speculation import PromptLookup
 
 

@@ -1,7 +1,7 @@
 """Running a model over sequences that grow: the protocol `Decoder`, which knows tokens and sequences, and no text.
 
 A step takes a flat batch of tokens: a piece of a prompt is many tokens of one sequence, decoding is one token of each of
-many, and a batch may mix both. Its two implementations are `leangpt.torch_decoder` and `leangpt.native_decoder`; this module
+many, and a batch may mix both. Its two implementations are `leangpt.decoding.torch_decoder` and `leangpt.decoding.native_decoder`; this module
 needs no torch.
 """
 
@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from .config import GPTConfig
+from ..config import GPTConfig
 from .sampling import Draw, RowSampling
 
 Output = Literal["logits", "hidden", "logprob_of"]

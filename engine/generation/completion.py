@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from .config import SamplingParams
-from .data.text import Detokenizer
-from .data.tokenizer import Tokenizer
-from .sampling import Draw, RowSampling
+from ..config import SamplingParams
+from ..data.text import Detokenizer
+from ..data.tokenizer import Tokenizer
+from ..decoding.sampling import Draw, RowSampling
 from .stop import StopText
 
 FinishReason = Literal["stop", "length"]

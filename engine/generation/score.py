@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
+from ..decoding.decoder import Decoder, prefill
 from .budget import CacheBudget
-from .decoder import Decoder, prefill
 from .job import Computation
 from .prompt import Prompt
 

@@ -12,7 +12,7 @@ from .native_decoder import NativeDecoder, native_obstacle
 if TYPE_CHECKING:  # a packed model runs without torch
     import torch
 
-    from .model import GPT
+    from ..model import GPT
 
 _log = logging.getLogger("leangpt")
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}  # by the dtype of a model's weights
@@ -49,8 +49,8 @@ def load_decoder(
                 f"{name} is packed, for the CPU and in a format of its own: leave out format, dtype and device, or name "
                 "the model that it was made from"
             )
-    from .machine import default_device
-    from .pretrained import load_model, resolve_model
+    from ..machine import default_device
+    from ..pretrained import load_model, resolve_model
 
     path = resolve_model(name)
     if device == "auto":

@@ -1,0 +1,1 @@
+"""Running a model over sequences that grow: decoders, packed weights, caches. No text."""

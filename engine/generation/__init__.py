@@ -1,0 +1,1 @@
+"""Text from a decoder: requests, batching, stopping, scores, chat."""

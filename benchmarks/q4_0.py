@@ -1,7 +1,7 @@
 """The quality of llama.cpp's q4_0 beside that of int4, which has as many bits: `python benchmarks/q4_0.py --model M --data D`.
 
-q4_0 has a float16 scale for 32 weights, as int4 has, and rounds as `gguf.quants.quantize` does, from which it was taken; where
-that package is installed, each matrix is checked against it. The rounded weights run as float32, so that this alone is measured.
+q4_0 has a float16 scale for 32 weights, as int4 has: the weight of largest magnitude over -8, and the nearest integers. Where the
+package gguf is installed, each matrix is compared with what its quantizer gives. The rounded weights run as float32, so that this alone is measured.
 """
 
 import copy

@@ -67,7 +67,7 @@ struct Team::State {
   static constexpr uint64_t kItemMask = 0xFFFFFFFF;
 
   bool has_work(uint64_t t) const {
-    return static_cast<int64_t>(t & kItemMask) < items.load(std::memory_order_relaxed);
+    return static_cast<int64_t>(t & kItemMask) < items.load(std::memory_order_acquire);
   }
 
   // Take and do items of the current phase until none are left.
@@ -75,7 +75,7 @@ struct Team::State {
     const int threads = static_cast<int>(workers.size()) + 1;
     uint64_t t = ticket.load(std::memory_order_acquire);
     while (true) {
-      const int64_t count = items.load(std::memory_order_relaxed);
+      const int64_t count = items.load(std::memory_order_acquire);
       const int64_t first = static_cast<int64_t>(t & kItemMask);
       if (first >= count) return;
       const Function f = function.load(std::memory_order_relaxed);

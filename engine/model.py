@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leangpt.kernels import ops
 
 from .config import GPTConfig
-from .rotary import rotary_tables
+from .rotary import inverse_frequencies, rotary_tables
 
 # (layer, q (B, T, H, D), k (B, T, H_kv, D), v (B, T, H_kv, D)) -> (B, T, H, D); q and k have their positions
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -117,9 +117,6 @@ class GPT(nn.Module):
     `GPT(config)` initializes its weights from torch's random generator; `GPT.from_pretrained` reads them.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -134,9 +131,8 @@ class GPT(nn.Module):
             else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
         if not is_learned:
-            cos, sin = rotary_tables(config)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+            # no buffer: they stay float32, whatever the model's dtype
+            self.frequencies, self.rope_magnitude = inverse_frequencies(config)
         self.initialize()
 
     def initialize(self) -> None:
@@ -212,7 +208,8 @@ class GPT(nn.Module):
             rope = None
         else:
             stream = ops.embedding(tokens, self.wte.weight)
-            rope = self.cos[positions], self.sin[positions]
+            frequencies = self.frequencies.to(positions.device)
+            rope = rotary_tables(positions, frequencies, self.rope_magnitude)
         stream = F.dropout(stream, self.config.dropout, self.training)
         branch = None
         for block in self.blocks:

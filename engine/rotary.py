@@ -14,7 +14,9 @@ from .config import GPTConfig, RopeScaling
 def inverse_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
     """`(D/2,)` float32, radians per position of each pair, and the factor on cos and sin (1 but for yarn)."""
     dim = config.head_size
-    periods = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    periods = config.rope_theta ** (
+        torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    )
     frequencies = 1.0 / periods
     scaling = config.rope_scaling
     if scaling is None:
@@ -53,13 +55,14 @@ def _yarn(periods: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
     kept = 1 - ramp.clamp(0, 1)
     return 1.0 / (scaling.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
 
-def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each `(max_seq_len, D/2)` float32."""
-    frequencies, magnitude = inverse_frequencies(config)
-    angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * frequencies
+def rotary_tables(
+    positions: Tensor, frequencies: Tensor, magnitude: float
+) -> tuple[Tensor, Tensor]:
+    """cos and sin at some positions `(..., T)`, each `(..., T, D/2)` float32."""
+    angles = positions[..., None].float() * frequencies
     return angles.cos() * magnitude, angles.sin() * magnitude

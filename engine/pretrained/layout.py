@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..config import GPTConfig
 from ..model import GPT
-from ..rotary import rotary_tables
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -78,8 +77,6 @@ def build(weights: Weights, dtype: torch.dtype, device: str | torch.device) -> G
     _check(where, tensors, dict(parts(dict(model.named_parameters()), config, names)))
 
     model.to_empty(device=device)
-    if config.position == "rotary":  # not in the file
-        model.cos, model.sin = (table.to(device) for table in rotary_tables(config))
     with torch.no_grad():
         for name, part in parts(dict(model.named_parameters()), config, names):
             part.copy_(tensors[name])

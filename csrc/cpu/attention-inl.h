@@ -182,27 +182,26 @@ static void finish_state(const float* state, int head_dim, float* out) {
   }
 }
 
-static inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 // Element (d, slot) of the keys and (slot, d) of the values of a page. Of a pair of values the
-// second is 0 until it comes.
-template <int kInputs, class Element, class F>
+// second is 0 until it comes: its weight is 0, but 0 times a stale NaN would be NaN.
+template <int kInputs, class Element>
 static void append_elements(const float* key, const float* value, int head_dim, Element* keys,
-                            Element* values, int slot, bool is_last, const F& to_element) {
+                            Element* values, int slot, bool is_last) {
   const int width = static_cast<int>(round_up(head_dim, kLanes));
-  for (int d = 0; d < round_up(head_dim, kInputs); ++d) {
-    keys[(d / kInputs * kLanes + slot) * kInputs + d % kInputs] =
-        to_element(d < head_dim ? key[d] : 0.0f);
+  alignas(64) Element elements[kMaxHeadDim];
+  const auto convert = [&](const float* x) {
+    alignas(64) float padded[kMaxHeadDim];
+    std::memcpy(padded, x, head_dim * sizeof(float));
+    for (int d = head_dim; d < width; ++d) padded[d] = 0;
+    for (int d = 0; d < width; d += kLanes) store_elements(elements + d, load(padded + d));
+  };
+  convert(key);
+  for (int d = 0; d < head_dim; d += kInputs) {
+    std::memcpy(keys + d * kLanes + slot * kInputs, elements + d, kInputs * sizeof(Element));
   }
+  convert(value);
   Element* pairs = values + slot / kInputs * kInputs * width;
-  for (int d = 0; d < width; ++d) {
-    pairs[d * kInputs + slot % kInputs] = to_element(d < head_dim ? value[d] : 0.0f);
-  }
+  for (int d = 0; d < width; ++d) pairs[d * kInputs + slot % kInputs] = elements[d];
   if (kInputs == 2 && slot % 2 == 0 && is_last) {
     for (int d = 0; d < width; ++d) pairs[d * kInputs + 1] = 0;
   }
@@ -213,10 +212,9 @@ static void append_kv(const float* key, const float* value, int head_dim, KvKind
   uint8_t* values = page + value_offset;
   if (kind == KvKind::kFp32) {
     append_elements<1>(key, value, head_dim, reinterpret_cast<float*>(page),
-                       reinterpret_cast<float*>(values), slot, is_last, [](float x) { return x; });
+                       reinterpret_cast<float*>(values), slot, is_last);
   } else {
     append_elements<2>(key, value, head_dim, reinterpret_cast<uint16_t*>(page),
-                       reinterpret_cast<uint16_t*>(values), slot, is_last,
-                       [](float x) { return to_bf16(x); });
+                       reinterpret_cast<uint16_t*>(values), slot, is_last);
   }
 }

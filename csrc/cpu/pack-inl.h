@@ -1,5 +1,12 @@
 // Packing rows of a weight matrix into a panel, and reading a row back.
 
+static uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 static uint16_t to_f16(float x) {  // to nearest, even; too large is infinite
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -362,8 +362,7 @@ class Bench:
     def prepare_own(self, contender: Contender) -> None:
         """Pack the model, and compare logits with those of the weights that the format stands for."""
         start = time.perf_counter()
-        format, screen, _ = contender.variant.partition("_screen")
-        decoder = NativeDecoder.from_model(self.model, format=format, has_screen=bool(screen))
+        decoder = NativeDecoder.from_model(self.model, format=contender.variant)
         checks = self.checks[contender.name]
         checks["pack_s"] = round(time.perf_counter() - start, 3)
         decoder.save(contender.folder / f"{contender.variant}.leangpt")

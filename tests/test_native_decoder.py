@@ -579,7 +579,7 @@ class TestErrors:
             ({"num_blocks": 2**31}, "num_blocks must be positive and below 2.*31, got 2147483648"),
             ({"num_blocks": 2**32 + 5}, "num_blocks must be positive and below 2.*31"),
             ({"kv_dtype": "float16"}, "kv_dtype must be float32 or bfloat16, got 'float16'"),
-            ({"format": "int5"}, "format must be fp32, bf16"),
+            ({"format": "int5"}, "format must be fp32"),
         ],
         ids=str,
     )

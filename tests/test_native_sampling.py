@@ -166,7 +166,7 @@ def test_a_screened_head_draws_what_the_full_one_does(format, scale, twins):
     weight = model.head.weight
     weight *= torch.rand(1001, 1) * scale
     weight[500:1000] = weight[:500] * (1 + twins * torch.randn(500, 64))
-    decoders = [NativeDecoder.from_model(model, format, has_screen=s) for s in (False, True)]
+    decoders = [NativeDecoder.from_model(model, format + s) for s in ("", "_screen")]
     rng = np.random.default_rng(0)
     num_greedy = 0
     for seed in range(60):
@@ -195,6 +195,6 @@ def test_a_screened_head_draws_what_the_full_one_does(format, scale, twins):
 def test_nan_passes_a_screened_head():
     model = make_model(n_head=4, n_embd=64, tie_embeddings=False, **LLAMA)
     model.head.weight[17, 3] = torch.nan
-    decoder = NativeDecoder.from_model(model, has_screen=True)
+    decoder = NativeDecoder.from_model(model, "fp32_screen")
     with pytest.raises(RuntimeError, match="logits are NaN"):
         decoder.sample([1], [decoder.add_sequence()], [0], [0], [GREEDY])

@@ -83,21 +83,17 @@ class NativeDecoder:
             self._handle = None
 
     @classmethod
-    def from_model(
-        cls, model: "GPT", format: str = "fp32", *, has_screen: bool = False, **options: Any
-    ) -> Self:
+    def from_model(cls, model: "GPT", format: str = "fp32", **options: Any) -> Self:
         """Pack a model's weights; it is not needed afterwards.
 
         Args:
             format: see `WeightFormat`.
-            has_screen: hold an int8 copy of the head too. Greedy, top-k and min-p draws of few sequences then read it to
-                find the tokens that can still win, and of the head itself only their rows; what is drawn stays the same.
             options: as the constructor's.
 
         Raises:
             ValueError: the format is unknown, or the engine cannot run the model (`native_obstacle`).
         """
-        return cls(pack_model(model, format, has_screen=has_screen), **options)
+        return cls(pack_model(model, format), **options)
 
     @classmethod
     def from_packed(cls, path: str | Path, **options: Any) -> Self:
@@ -213,7 +209,7 @@ class NativeDecoder:
         return max(1, min(wanted, memory // 4 // block_bytes))
 
 
-def pack_model(model: "GPT", format: str, *, has_screen: bool = False) -> PackedModel:
+def pack_model(model: "GPT", format: str) -> PackedModel:
     """Pack a torch model's weights in a format (see `WeightFormat`).
 
     Raises:
@@ -239,7 +235,7 @@ def pack_model(model: "GPT", format: str, *, has_screen: bool = False) -> Packed
     if model.config.position == "rotary":
         table, magnitude = inverse_frequencies(model.config)
         frequencies = table.numpy()
-    return pack(model.config, weights, frequencies, magnitude, weight_format, has_screen=has_screen)
+    return pack(model.config, weights, frequencies, magnitude, weight_format)
 
 
 def _batch(

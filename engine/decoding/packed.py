@@ -87,11 +87,6 @@ class PackedModel:
         self.memory = memory
 
     @property
-    def has_screen(self) -> bool:
-        """Whether there is an int8 copy of the head, which finds the tokens that can still be drawn."""
-        return "screen.data" in self.tensors
-
-    @property
     def num_bytes(self) -> int:
         return self.memory.nbytes
 
@@ -200,9 +195,7 @@ class PackedModel:
             raise ValueError(
                 f"{path}: damaged: its header is not that of a packed model ({error!r})"
             ) from error
-        expected = _plan(
-            packed.config, packed.format, _present_tensors(packed.config, packed.has_screen)
-        )
+        expected = _plan(packed.config, packed.format)
         if packed.tensors != expected[0] or header["data_bytes"] != expected[1]:
             raise ValueError(f"{path}: damaged: its tensors are not those of its config")
         return packed
@@ -293,13 +286,11 @@ def _vector_bytes(name: str, config: GPTConfig) -> int:
     return _round_up(config.n_embd) * 4
 
 
-def _plan(
-    config: GPTConfig, weight_format: WeightFormat, names: list[str]
-) -> tuple[dict[str, tuple[int, int]], int]:
+def _plan(config: GPTConfig, weight_format: WeightFormat) -> tuple[dict[str, tuple[int, int]], int]:
     """Where each tensor lies, and the size of it all."""
     sizes: dict[str, int] = {}
     shapes = _matrix_shapes(config)
-    for name in names:
+    for name in _present_tensors(config, weight_format.has_screen):
         last = name.rpartition(".")[2]
         if last in shapes:
             format_of = _SCREEN_FORMAT if name == "screen" else weight_format
@@ -325,12 +316,10 @@ def pack(
     frequencies: np.ndarray | None,
     rope_magnitude: float,
     weight_format: WeightFormat,
-    *,
-    has_screen: bool = False,
 ) -> PackedModel:
     """Pack a model's parameters: by their names in model.py, float32 or the bits of bfloat16 as uint16."""
-    names = _present_tensors(config, has_screen)
-    tensors, size = _plan(config, weight_format, names)
+    names = _present_tensors(config, weight_format.has_screen)
+    tensors, size = _plan(config, weight_format)
     packed = PackedModel(config, weight_format, rope_magnitude, tensors, _allocate(size))
     shapes = _matrix_shapes(config)
     head = "wte.weight" if config.tie_embeddings else "head.weight"

@@ -267,7 +267,7 @@ class TestDamage:
 
 
 class TestFormatNames:
-    @pytest.mark.parametrize("name", (*FORMATS, "fp32_screen", "bf16_screen"))
+    @pytest.mark.parametrize("name", [*FORMATS, "fp32_screen", "bf16_screen"])
     def test_names_come_back(self, name):
         assert str(WeightFormat.parse(name)) == name
 

@@ -23,7 +23,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, with the add to the residual stream in front of it."""
+    """LayerNorm or RMSNorm, alone or with the add to the residual stream in front of it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -33,15 +33,18 @@ class Norm(nn.Module):
         has_bias = self.is_layer_norm and config.bias
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
 
-    def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return `norm(stream + branch)` and `stream + branch`."""
+    def forward(self, stream: Tensor) -> Tensor:
+        """`norm(stream)`."""
         if self.is_layer_norm:
-            if branch is None:
-                return ops.layer_norm(stream, self.weight, self.bias, self.eps), stream
-            return ops.add_layer_norm(branch, stream, self.weight, self.bias, self.eps)
-        if branch is None:
-            return ops.rms_norm(stream, self.weight, self.eps), stream
-        return ops.add_rms_norm(branch, stream, self.weight, self.eps)
+            return ops.layer_norm(stream, self.weight, self.bias, self.eps)
+        return ops.rms_norm(stream, self.weight, self.eps)
+
+    def add(self, branch: Tensor, stream: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+        """`norm(total)` and `total = stream + dropout(branch)`."""
+        options = {"eps": self.eps, "dropout_p": dropout_p}
+        if self.is_layer_norm:
+            return ops.add_layer_norm(branch, stream, self.weight, self.bias, **options)
+        return ops.add_rms_norm(branch, stream, self.weight, **options)
 
 
 class HeadNorm(nn.Module):
@@ -73,17 +76,20 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(C, config.inner_size * (1 + config.is_gated), bias=config.bias)
         self.mlp_out = nn.Linear(config.inner_size, C, bias=config.bias)
 
-    def forward(
-        self,
-        stream: Tensor,
-        branch: Tensor | None,
-        rope: tuple[Tensor, Tensor] | None,
-        attend: Attend,
-    ) -> tuple[Tensor, Tensor]:
-        """Add `branch` to the stream, run the block, and return the stream and the branch still to be added."""
-        x, stream = self.norm_1(stream, branch)
-        x, stream = self.norm_2(stream, self.drop(self.attention(x, rope, attend)))
-        return stream, self.drop(self.mlp(x))
+    def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        dropout_p = self.config.dropout if self.training else 0.0
+        branch = self.attention(self.norm_1(stream), rope, attend)
+        x, stream = self.norm_2.add(branch, stream, dropout_p)
+        return ops.mlp(
+            x,
+            self.mlp_in.weight,
+            self.mlp_in.bias,
+            self.mlp_out.weight,
+            self.mlp_out.bias,
+            self.config.activation,
+            residual=stream,
+            dropout_p=dropout_p,
+        )
 
     def attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         B, T, _ = x.shape
@@ -96,19 +102,6 @@ class Block(nn.Module):
             q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
         out = attend(self.layer, q, k, v)
         return ops.linear(out.flatten(2), self.attn_out.weight, self.attn_out.bias)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return ops.mlp(
-            x,
-            self.mlp_in.weight,
-            self.mlp_in.bias,
-            self.mlp_out.weight,
-            self.mlp_out.bias,
-            self.config.activation,
-        )
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -211,10 +204,9 @@ class GPT(nn.Module):
             frequencies = self.frequencies.to(positions.device)
             rope = rotary_tables(positions, frequencies, self.rope_magnitude)
         stream = F.dropout(stream, self.config.dropout, self.training)
-        branch = None
         for block in self.blocks:
-            stream, branch = block(stream, branch, rope, attend or self.attend)
-        return self.norm_f(stream, branch)[0]
+            stream = block(stream, rope, attend or self.attend)
+        return self.norm_f(stream)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., C)` to `(..., V)`."""

@@ -3,7 +3,7 @@
 A backend is a module with one function an op, all of the same signature:
 
     reference   plain PyTorch, the definition of the op; any device and dtype, differentiable
-    triton      Triton kernels, on the devices in `triton_devices`
+    triton      Triton kernels, on the devices in `triton_devices`; differentiable
     native      the C++/CUDA extension in csrc/; differentiable for the ops in `native.DIFFERENTIABLE`
 
 `select` is the only place that chooses between them. Its state is plain module globals, which torch.compile can trace and
@@ -25,10 +25,17 @@ from . import native, reference
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 
-TRITON_OPS: frozenset[str] = frozenset()  # the ops of ops.py that have a Triton kernel
-triton_devices = {"cuda"}
+# ops whose Triton kernel runs only where it is asked for: the vendor's library is faster
+LIBRARY_OPS = frozenset({"linear"})
 
-_modules: dict[Backend, ModuleType] = {"native": native, "reference": reference}
+triton_devices: set[str] = set()
+triton_unavailable_reason: str | None = "not loaded: there is no GPU"
+
+_modules: dict[Backend, ModuleType | None] = {
+    "native": native,
+    "triton": None,  # see enable_triton
+    "reference": reference,
+}
 _forced: Backend | None = None
 
 
@@ -40,6 +47,25 @@ def _checked(backend: str, source: str) -> Backend:
 
 if "LEANGPT_BACKEND" in os.environ:
     _forced = _checked(os.environ["LEANGPT_BACKEND"], "LEANGPT_BACKEND")
+
+
+def enable_triton(*devices: str) -> None:
+    """Let Triton kernels run on tensors of these devices: "cuda", and "cpu" where something runs GPU code on a CPU."""
+    global triton_unavailable_reason
+    try:
+        from . import triton_ops
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        triton_unavailable_reason = "not installed: run `pip install triton`"
+        return
+    _modules["triton"] = triton_ops
+    triton_devices.update(devices)
+    triton_unavailable_reason = None
+
+
+if torch.cuda.is_available():
+    enable_triton("cuda")
 
 
 @contextmanager
@@ -68,7 +94,9 @@ def _obstacle(backend: Backend, op: str, device: str, needs_grad: bool) -> str |
         if needs_grad and op not in native.DIFFERENTIABLE:
             return f"the native {op} has no backward"
     if backend == "triton":
-        if op not in TRITON_OPS:
+        if triton_unavailable_reason:
+            return f"Triton is {triton_unavailable_reason}"
+        if not hasattr(_modules["triton"], op):
             return f"there is no Triton kernel of {op}"
         if device not in triton_devices:
             return f"Triton kernels run on {', '.join(sorted(triton_devices))}, not on {device}"
@@ -84,24 +112,29 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
         obstacle = _obstacle(_forced, op, device, needs_grad)
         if obstacle:
             raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {obstacle}")
-        return _modules[_forced]
+        return _modules[_forced]  # type: ignore[return-value]
     for backend, module in _modules.items():
+        if backend == "triton" and op in LIBRARY_OPS:
+            continue
         if _obstacle(backend, op, device, needs_grad) is None:
-            return module
+            return module  # type: ignore[return-value]
     raise AssertionError("the reference runs every op")
 
 
 def describe_backends(device: str) -> dict[Backend, str]:
     """What each backend offers on `device` ("cpu" or "cuda"), in words: for `leangpt info` and the logs."""
     native_state = native.unavailable_reason or f"{len(native.OPS)} ops"
-    triton_state = f"{len(TRITON_OPS)} ops" if device in triton_devices else f"not on {device}"
+    if device in triton_devices and _modules["triton"] is not None:
+        triton_state = f"{len(_modules['triton'].__all__)} ops"
+    else:
+        triton_state = f"not on {device}" if device != "cuda" else str(triton_unavailable_reason)
     return {"native": native_state, "triton": triton_state, "reference": "all ops, on PyTorch"}
 
 
 @functools.cache
 def log_backend(device: str) -> None:
-    """Log once, where a GPU is there, that its kernels are not: everything runs on PyTorch's ops."""
-    if device == "cuda" and not TRITON_OPS:
+    """Log once where there is a GPU and its kernels cannot run: everything runs on PyTorch's ops."""
+    if device == "cuda" and triton_unavailable_reason:
         logging.getLogger("leangpt").warning(
-            "no Triton kernels yet: all ops run on the PyTorch reference"
+            "Triton is %s: all ops run on the PyTorch reference", triton_unavailable_reason
         )

@@ -71,11 +71,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and layer normalization in one pass: `(layer_norm(residual + x), residual + x)`.
+    """Residual add and layer normalization in one pass: `(layer_norm(total), total)`, `total = residual + dropout(x)`.
 
-    Args, Raises and Reference: as `layer_norm`; `residual` has the shape of `x`.
+    Args, Raises and Reference: as `layer_norm`; `residual` has the shape of `x`; `dropout_p` is the probability of
+    dropping an element of `x`.
 
     Returns:
         The normalized tensor and the sum, both `(..., C)`.
@@ -84,7 +90,7 @@ def add_layer_norm(
     _check_shape("add_layer_norm", "weight", weight, (x.shape[-1],))
     _check_shape("add_layer_norm", "bias", bias, (x.shape[-1],))
     backend = select("add_layer_norm", x, residual, weight, bias)
-    return backend.add_layer_norm(x, residual, weight, bias, eps)
+    return backend.add_layer_norm(x, residual, weight, bias, eps, dropout_p)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -108,18 +114,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMS normalization in one pass: `(rms_norm(residual + x), residual + x)`.
+    """Residual add and RMS normalization in one pass: `(rms_norm(total), total)`, `total = residual + dropout(x)`.
 
-    Args, Raises and Reference: as `rms_norm`; `residual` has the shape of `x`.
+    Args, Raises and Reference: as `rms_norm`; `residual` has the shape of `x`; `dropout_p` is the probability of
+    dropping an element of `x`.
 
     Returns:
         The normalized tensor and the sum, both `(..., C)`.
     """
     _check_shape("add_rms_norm", "residual", residual, tuple(x.shape))
     _check_shape("add_rms_norm", "weight", weight, (x.shape[-1],))
-    return select("add_rms_norm", x, residual, weight).add_rms_norm(x, residual, weight, eps)
+    backend = select("add_rms_norm", x, residual, weight)
+    return backend.add_rms_norm(x, residual, weight, eps, dropout_p)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -196,6 +204,53 @@ def attention(
     return backend.attention(q, k, v, seqlens_k, sliding_window, softmax_scale, dropout_p)
 
 
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    sliding_window: int | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Causal attention within each of several sequences that lie behind each other: `attention` without padding.
+
+    Args:
+        q: `(N, H, D)`, N tokens in all.
+        k: `(N, H_kv, D)`.
+        v: `(N, H_kv, D)`.
+        cu_seqlens: `(B + 1,)` int32, sequence b is tokens `cu_seqlens[b]` up to `cu_seqlens[b + 1]`, which may be none;
+            starts with 0 and ends with N.
+        max_seqlen: at least the length of the longest sequence.
+        sliding_window, softmax_scale, dropout_p: as `attention`.
+
+    Returns:
+        `(N, H, D)`, dtype of `q`.
+
+    Raises:
+        ValueError: a shape or the dtype of `cu_seqlens` does not fit, or H is not a multiple of H_kv.
+    """
+    N, H, D = q.shape
+    H_kv = k.shape[1]
+    _check_shape("attention_varlen", "k", k, (N, H_kv, D))
+    _check_shape("attention_varlen", "v", v, (N, H_kv, D))
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        raise ValueError(
+            "attention_varlen: cu_seqlens must be (B + 1,) int32,"
+            f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if H % H_kv:
+        raise ValueError(
+            f"attention_varlen: {H} query heads must be a multiple of {H_kv} key heads"
+        )
+    backend = select("attention_varlen", q, k, v)
+    return backend.attention_varlen(
+        q, k, v, cu_seqlens, max_seqlen, sliding_window, softmax_scale, dropout_p
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix product `x weight^T + bias`, accumulated in float32 or wider.
 
@@ -222,8 +277,11 @@ def mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: Activation,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """Two-layer perceptron of a block: `act(x w_in^T + b_in) w_out^T + b_out`.
+    """Two-layer perceptron of a block: `act(x w_in^T + b_in) w_out^T + b_out`; with residual `residual + dropout(that)`.
 
     `gelu_tanh` is GPT-2's GELU, `gelu` the exact one, `relu2` is `max(0, h)^2`, and `swiglu` is `silu(gate) * up` with
     `(gate, up)` the two halves of the first product.
@@ -235,6 +293,8 @@ def mlp(
         w_out: `(C, F)`.
         b_out: `(C,)` or None.
         activation: see above.
+        residual: `(..., C)` or None.
+        dropout_p: probability of dropping an element of the output, before the residual is added.
 
     Returns:
         `(..., C)`.
@@ -254,8 +314,9 @@ def mlp(
     _check_shape("mlp", "w_in", w_in, (rows, x.shape[-1]))
     _check_shape("mlp", "b_in", b_in, (rows,))
     _check_shape("mlp", "b_out", b_out, (w_out.shape[0],))
-    backend = select("mlp", x, w_in, b_in, w_out, b_out)
-    return backend.mlp(x, w_in, b_in, w_out, b_out, activation)
+    _check_shape("mlp", "residual", residual, (*x.shape[:-1], w_out.shape[0]))
+    backend = select("mlp", x, w_in, b_in, w_out, b_out, residual)
+    return backend.mlp(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
 
 
 def linear_cross_entropy(
@@ -265,20 +326,29 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Language-model head and loss: `logsumexp(l) - l[target]` with `l = hidden weight^T`, in float32 or wider.
+    """Language-model head and loss: `lse - (1 - s) l[target] - s mean(l) + z lse^2`, in float32 or wider.
+
+    `l = hidden weight^T` are the logits of a row, `lse = logsumexp(l)`, s is `label_smoothing` and z is `z_loss`.
 
     Args:
         hidden: `(..., C)`.
         weight: `(V, C)`.
         targets: `(...)` int64 in [0, V), or `ignore_index`: such rows have loss and gradient 0 and do not count.
         reduction: "mean" over the rows that count, "sum", or "none".
+        label_smoothing: share of the target that is spread over all tokens, in [0, 1].
+        z_loss: weight of the squared log-normalizer, which keeps logits from drifting.
 
     Returns:
         Scalar, or the shape of `targets` for "none"; in nats, float32 (float64 for doubles).
 
     Raises:
         ValueError: a shape does not fit, or `reduction` is unknown.
+
+    References: label smoothing: Szegedy et al., 2016, https://arxiv.org/abs/1512.00567; z-loss: Chowdhery et al., 2022,
+    https://arxiv.org/abs/2204.02311
     """
     if reduction not in get_args(Reduction):
         raise ValueError(
@@ -287,7 +357,9 @@ def linear_cross_entropy(
     _check_shape("linear_cross_entropy", "weight", weight, (weight.shape[0], hidden.shape[-1]))
     _check_shape("linear_cross_entropy", "targets", targets, tuple(hidden.shape[:-1]))
     backend = select("linear_cross_entropy", hidden, weight)
-    return backend.linear_cross_entropy(hidden, weight, targets, ignore_index, reduction)
+    return backend.linear_cross_entropy(
+        hidden, weight, targets, ignore_index, reduction, label_smoothing, z_loss
+    )
 
 
 @torch.no_grad()

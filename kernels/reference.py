@@ -25,9 +25,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    total = residual + x
+    total = residual + F.dropout(x, dropout_p)
     return layer_norm(total, weight, bias, eps), total
 
 
@@ -37,8 +42,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * rstd * weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = residual + x
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    total = residual + F.dropout(x, dropout_p)
     return rms_norm(total, weight, eps), total
 
 
@@ -79,6 +86,24 @@ def attention(
     return out.transpose(1, 2)
 
 
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sliding_window: int | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    parts = [
+        attention(q_[None], k_[None], v_[None], None, sliding_window, softmax_scale, dropout_p)[0]
+        for q_, k_, v_ in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    ]
+    return torch.cat(parts or [q])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
@@ -90,6 +115,8 @@ def mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    residual: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
     h = F.linear(x, w_in, b_in)
     match activation:
@@ -102,17 +129,34 @@ def mlp(
         case "swiglu":
             gate, up = h.chunk(2, dim=-1)
             h = F.silu(gate) * up
-    return F.linear(h, w_out, b_out)
+    out = F.dropout(F.linear(h, w_out, b_out), dropout_p)
+    return out if residual is None else residual + out
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight).flatten(0, -2)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(
-        wide.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction=reduction
+        wide,
+        targets.flatten(),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
+    if z_loss:
+        counts = targets.flatten() != ignore_index
+        squares = torch.where(counts, wide.logsumexp(-1).square(), 0.0)
+        if reduction != "none":
+            squares = squares.sum() / (counts.sum() if reduction == "mean" else 1)
+        loss = loss + z_loss * squares
     return loss.view(targets.shape) if reduction == "none" else loss
 
 

@@ -57,7 +57,7 @@ def test_use_backend_forces_and_restores(native_rms_norm):
 
 
 def test_forced_backend_says_what_it_cannot_run():
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"rms_norm: .*no Triton kernel"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"rms_norm: .*Triton .*no GPU"):
         ops.rms_norm(X, W)
     with use_backend("native"), pytest.raises(RuntimeError, match=r"layer_norm: .*native"):
         ops.layer_norm(X, W)
@@ -74,7 +74,7 @@ def test_rejects_unknown_backend():
 def test_environment_forces_a_backend():
     program = "import torch; from leangpt.kernels import ops; ops.rms_norm(torch.ones(1, 2), torch.ones(2))"
     for backend, expected in (
-        ("triton", "no Triton kernel"),
+        ("triton", "there is no GPU"),
         ("fast", "LEANGPT_BACKEND must be one of"),
     ):
         run = subprocess.run(
@@ -91,12 +91,41 @@ def test_description_names_every_backend():
     assert list(describe_backends("cpu")) == ["native", "triton", "reference"]
 
 
-def test_a_gpu_without_kernels_is_logged_once(caplog):
+@pytest.fixture
+def triton_on_cpu(monkeypatch):
+    backend = Recorder()
+    backend.linear = lambda *arguments: backend.calls.append("linear")
+    monkeypatch.setitem(dispatch._modules, "triton", backend)
+    monkeypatch.setattr(dispatch, "triton_devices", {"cpu"})
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", None)
+    return backend
+
+
+def test_triton_runs_on_its_devices(triton_on_cpu, monkeypatch):
+    ops.rms_norm(X, W)
+    assert triton_on_cpu.calls == ["rms_norm"]
+    with use_backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel of layer_norm"):
+        ops.layer_norm(X, W)
+    monkeypatch.setattr(dispatch, "triton_devices", {"cuda"})
+    with use_backend("triton"), pytest.raises(RuntimeError, match="run on cuda, not on cpu"):
+        ops.rms_norm(X, W)
+
+
+def test_plain_products_are_left_to_the_library(triton_on_cpu):
+    ops.linear(X, W[None])
+    assert triton_on_cpu.calls == []
+    with use_backend("triton"):
+        ops.linear(X, W[None])
+    assert triton_on_cpu.calls == ["linear"]
+
+
+def test_a_gpu_without_triton_is_logged_once(caplog, monkeypatch):
     dispatch.log_backend.cache_clear()
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", "not installed")
     for device in ("cpu", "cuda", "cuda"):
         dispatch.log_backend(device)
     assert [r.message for r in caplog.records] == [
-        "no Triton kernels yet: all ops run on the PyTorch reference"
+        "Triton is not installed: all ops run on the PyTorch reference"
     ]
 
 

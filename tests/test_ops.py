@@ -54,6 +54,29 @@ def attention(q, k, v, ends, window, scale):
     return out
 
 
+def assert_drops(call, x, p):
+    """`call(x)` is x with elements zeroed with probability p and the others divided by 1 - p."""
+    out = call(x)
+    is_dropped = out == 0
+    torch.testing.assert_close(out, torch.where(is_dropped, 0.0, x / (1 - p)))
+    assert abs(is_dropped.double().mean().item() - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+
+
+def test_dropout_before_the_residual():
+    x, zeros, ones = randn(50, 64), torch.zeros(50, 64, dtype=DOUBLE), torch.ones(64, dtype=DOUBLE)
+    identity = torch.eye(64, dtype=DOUBLE)
+
+    def mlp(x):  # relu2 of a root is what it was
+        return ops.mlp(x.sqrt(), identity, None, identity, None, "relu2", dropout_p=0.3)
+
+    assert_drops(mlp, x.abs(), 0.3)
+    for add in (ops.add_layer_norm, ops.add_rms_norm):
+        assert_drops(lambda x, add=add: add(x, zeros, ones, dropout_p=0.3)[1], x, 0.3)
+        out, total = add(x, x, ones, dropout_p=0.3)
+        alone = ops.layer_norm if add is ops.add_layer_norm else ops.rms_norm
+        torch.testing.assert_close(out, alone(total, ones))
+
+
 NORM_SHAPES = [(1, 1), (3, 7), (2, 5, 64), (4, 129), (1, 1000)]
 
 
@@ -150,6 +173,22 @@ def test_attention_dropout_keeps_the_mean():
     assert (out.mean(0) - 1).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_varlen(window):
+    lengths = [3, 0, 1, 7]
+    cu_seqlens = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)
+    q, k, v = randn(11, 4, 8), randn(11, 2, 8), randn(11, 2, 8)
+    out = ops.attention_varlen(q, k, v, cu_seqlens, 7, sliding_window=window)
+    parts = zip(*(x[None].split(lengths, 1) for x in (q, k, v)), lengths, strict=True)
+    refs = [attention(*qkv, [n], window, 8**-0.5)[0] for *qkv, n in parts]
+    torch.testing.assert_close(out, torch.cat(refs))
+
+
+def test_attention_varlen_of_nothing():
+    empty, no_seqlens = torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int32)
+    assert ops.attention_varlen(empty, empty, empty, no_seqlens, 0).shape == (0, 2, 8)
+
+
 ERF_GELU = {"gelu": lambda h: h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))}
 ACTIVATIONS = ERF_GELU | {
     "gelu_tanh": lambda h: (
@@ -174,19 +213,26 @@ def test_mlp(activation, has_bias):
         h = ACTIVATIONS[activation](h)
     ref = h @ w_out.T + (b_out if has_bias else 0)
     torch.testing.assert_close(ops.mlp(x, w_in, b_in, w_out, b_out, activation), ref)
+    out = ops.mlp(x, w_in, b_in, w_out, b_out, activation, residual=x)
+    torch.testing.assert_close(out, x + ref)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_linear_cross_entropy(reduction):
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.2, 1e-2)])
+def test_linear_cross_entropy(reduction, smoothing, z_loss):
     hidden, weight = randn(2, 3, 5), randn(11, 5)
     targets = torch.tensor([[0, 10, -100], [3, -100, 3]])
     logits = hidden @ weight.T
     losses = torch.zeros(2, 3, dtype=DOUBLE)
     for index in (targets >= 0).nonzero().tolist():
         row = logits[tuple(index)]
-        losses[tuple(index)] = torch.log(torch.exp(row).sum()) - row[targets[tuple(index)]]
+        lse = torch.log(torch.exp(row).sum())
+        target = (1 - smoothing) * row[targets[tuple(index)]] + smoothing * row.mean()
+        losses[tuple(index)] = lse - target + z_loss * lse**2
     ref = {"mean": losses.sum() / 4, "sum": losses.sum(), "none": losses}[reduction]
-    out = ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+    out = ops.linear_cross_entropy(
+        hidden, weight, targets, reduction=reduction, label_smoothing=smoothing, z_loss=z_loss
+    )
     torch.testing.assert_close(out, ref)
 
 
@@ -247,6 +293,14 @@ INVALID = {
     ),
     "positions": (lambda: ops.embedding(T(1, 2).long(), T(4, 4), T(1, 2).long()), "given together"),
     "linear": (lambda: ops.linear(T(2, 4), T(3, 5)), r"weight must be \(3, 4\)"),
+    "stream": (
+        lambda: ops.mlp(T(1, 4), T(8, 4), None, T(4, 8), None, "relu2", residual=T(1, 5)),
+        r"residual must be \(1, 4\)",
+    ),
+    "cu_seqlens": (
+        lambda: ops.attention_varlen(T(3, 2, 4), T(3, 2, 4), T(3, 2, 4), T(2).long(), 3),
+        r"cu_seqlens must be \(B \+ 1,\) int32, got \(2,\) torch.int64",
+    ),
 }  # fmt: skip
 
 

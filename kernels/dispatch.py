@@ -84,8 +84,8 @@ def forced_backend() -> Backend | None:
     return _forced
 
 
-def _obstacle(backend: Backend, op: str, device: str, needs_grad: bool) -> str | None:
-    """Why `backend` cannot run `op`, or None where it can."""
+def _obstacle(backend: Backend, op: str, tensor: Tensor, needs_grad: bool) -> str | None:
+    """Why `backend` cannot run `op` on tensors of the dtype and device of this one, or None where it can."""
     if backend == "native":
         if native.unavailable_reason:
             return f"the native extension is {native.unavailable_reason}"
@@ -98,25 +98,27 @@ def _obstacle(backend: Backend, op: str, device: str, needs_grad: bool) -> str |
             return f"Triton is {triton_unavailable_reason}"
         if not hasattr(_modules["triton"], op):
             return f"there is no Triton kernel of {op}"
-        if device not in triton_devices:
-            return f"Triton kernels run on {', '.join(sorted(triton_devices))}, not on {device}"
+        if tensor.device.type not in triton_devices:
+            devices = ", ".join(sorted(triton_devices))
+            return f"Triton kernels run on {devices}, not on {tensor.device.type}"
+        if tensor.dtype == torch.float64:
+            return "Triton kernels compute in float32, not in float64"
     return None
 
 
 def select(op: str, *tensors: Tensor | None) -> ModuleType:
     """Return the backend that runs `op` on `tensors` (all its tensor arguments: any of them may need a gradient)."""
     given = [t for t in tensors if t is not None]
-    device = given[0].device.type
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if _forced is not None:
-        obstacle = _obstacle(_forced, op, device, needs_grad)
+        obstacle = _obstacle(_forced, op, given[0], needs_grad)
         if obstacle:
             raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {obstacle}")
         return _modules[_forced]  # type: ignore[return-value]
     for backend, module in _modules.items():
         if backend == "triton" and op in LIBRARY_OPS:
             continue
-        if _obstacle(backend, op, device, needs_grad) is None:
+        if _obstacle(backend, op, given[0], needs_grad) is None:
             return module  # type: ignore[return-value]
     raise AssertionError("the reference runs every op")
 

@@ -111,6 +111,13 @@ def test_triton_runs_on_its_devices(triton_on_cpu, monkeypatch):
         ops.rms_norm(X, W)
 
 
+def test_doubles_are_left_to_the_reference(triton_on_cpu):
+    ops.rms_norm(X.double(), W.double())
+    assert triton_on_cpu.calls == []
+    with use_backend("triton"), pytest.raises(RuntimeError, match="not in float64"):
+        ops.rms_norm(X.double(), W.double())
+
+
 def test_plain_products_are_left_to_the_library(triton_on_cpu):
     ops.linear(X, W[None])
     assert triton_on_cpu.calls == []

@@ -1,0 +1,34 @@
+"""Tests of GPU kernels: on the GPU where there is one; elsewhere the compiled kernels run on CPU tensors, in the emulator."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from triton.runtime.autotuner import Autotuner
+
+from leangpt.kernels import dispatch
+
+
+def _autotuned_kernels() -> Iterator[Autotuner]:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("leangpt.kernels.triton_"):
+            yield from (v for v in vars(module).values() if isinstance(v, Autotuner))
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch):
+    """Triton kernels run, for the time of a test, on the tensors that it makes: those of the fixture `device`.
+
+    An autotuned kernel runs its first configuration; a test of another one sets `kernel.configs` to it.
+    """
+    if not torch.cuda.is_available():
+        from emulator import driver
+
+        driver.install()
+        monkeypatch.setattr(dispatch, "triton_devices", set())
+        monkeypatch.setattr(dispatch, "triton_unavailable_reason", None)
+        monkeypatch.setitem(dispatch._modules, "triton", None)
+        dispatch.enable_triton("cpu", "cuda")
+    for kernel in _autotuned_kernels():
+        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])

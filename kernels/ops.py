@@ -2,9 +2,10 @@
 
 Shapes: B batch, T query length, S key length, H heads, D head_dim, C n_embd, F n_inner, V vocab. Floating-point tensors
 are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Every op is
-differentiable in its floating-point tensors, but for `sample` and `penalize`.
+differentiable in its floating-point tensors, but for `adamw_step`, `sample` and `penalize`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -360,6 +361,73 @@ def linear_cross_entropy(
     return backend.linear_cross_entropy(
         hidden, weight, targets, ignore_index, reduction, label_smoothing, z_loss
     )
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    masters: Sequence[Tensor] | None = None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One step of AdamW on many tensors, in place: Adam with a weight decay that does not pass through the gradient.
+
+    With `g = grad * grad_scale`, `exp_avg = beta1 exp_avg + (1 - beta1) g` and `exp_avg_sq = beta2 exp_avg_sq +
+    (1 - beta2) g^2`, param becomes `(1 - lr weight_decay) param - lr m / (sqrt(v) + eps)`, where m and v are the moments
+    over `1 - beta1^step` and `1 - beta2^step`: as `torch.optim.AdamW`, which training uses, since its own fused kernel
+    reads and writes as much. This op keeps the moments of low-precision parameters in float32, and can keep masters.
+
+    Args:
+        params: changed in place; dtypes may be mixed.
+        grads: of the shapes of `params`, any floating-point dtype.
+        exp_avgs: of the shapes of `params`, float32 (float64 for doubles); changed in place, at first zeros.
+        exp_avg_sqs: like `exp_avgs`.
+        masters: like `exp_avgs`, the parameters before rounding: they are stepped, and `params` get their rounded values.
+            None: `params` are stepped themselves.
+        step: 1 at the first step.
+        lr: learning rate.
+        betas: how much the moments keep of a step, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: times `lr`, the share of a parameter that is taken off at a step.
+        grad_scale: scalar on the device of `params`, such as what clips the norm of the gradients; it is not waited for.
+
+    Raises:
+        ValueError: lists differ in length, a shape or a dtype does not fit, or `step` is below 1.
+
+    Reference: Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101
+    """
+    if step < 1:
+        raise ValueError(f"adamw_step: step must be at least 1, got {step}")
+    _check_shape("adamw_step", "grad_scale", grad_scale, ())
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if masters is not None:
+        lists["masters"] = masters
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"adamw_step: {name} must be {len(params)} tensors, got {len(tensors)}"
+            )
+        for param, tensor in zip(params, tensors, strict=True):
+            _check_shape("adamw_step", f"each of {name}", tensor, tuple(param.shape))
+            wide = torch.promote_types(param.dtype, torch.float32)
+            if name != "grads" and tensor.dtype != wide:
+                raise ValueError(
+                    f"adamw_step: each of {name} must be {wide} for {param.dtype}, got {tensor.dtype}"
+                )
+    if not params:
+        return
+    backend = select("adamw_step", *params)
+    backend.adamw_step(
+        params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, betas, eps, weight_decay, grad_scale
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ Sums are accumulated in fp32 or wider, here or inside PyTorch's own op. Called w
 float64 reference. Arguments and shapes are described in ops.py.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,6 +160,35 @@ def linear_cross_entropy(
             squares = squares.sum() / (counts.sum() if reduction == "mean" else 1)
         loss = loss + z_loss * squares
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+) -> None:
+    beta1, beta2 = betas
+    lists = (params, grads, exp_avgs, exp_avg_sqs, masters or params)
+    for param, grad, exp_avg, exp_avg_sq, master in zip(*lists, strict=True):
+        grad = grad.to(exp_avg.dtype)
+        if grad_scale is not None:
+            grad = grad * grad_scale
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+        scale = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+        wide = master.to(exp_avg.dtype)
+        wide = wide - lr * weight_decay * wide
+        wide -= lr / (1 - beta1**step) * exp_avg / scale
+        master.copy_(wide)
+        param.copy_(wide)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, ...]:

@@ -9,4 +9,16 @@ import os
 # Triton 3.10 changes the default: products and sums contract to one rounding, as elsewhere on GPUs
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-__all__: list[str] = []
+from .triton_adamw import adamw_step
+from .triton_layer_norm import add_layer_norm, layer_norm
+from .triton_linear_cross_entropy import linear_cross_entropy
+from .triton_rms_norm import add_rms_norm, rms_norm
+
+__all__: list[str] = [
+    "adamw_step",
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+]

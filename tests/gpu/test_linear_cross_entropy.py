@@ -1,0 +1,219 @@
+"""Head and cross-entropy on Triton: values, gradients and hazards of the compiled kernels."""
+
+import pytest
+import torch
+from helpers import check_op
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leangpt.kernels import ops, triton_linear_cross_entropy, use_backend
+
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF]
+IGNORED = -100
+
+
+def make_inputs(N, C, V, dtype, device, seed=0):
+    """Hidden states, a vocabulary matrix whose logits have a spread of a few nats, and targets, some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=generator).to(device, dtype)
+    weight = (torch.randn(V, C, generator=generator) * 3 / C**0.5).to(device, dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[torch.rand(N, generator=generator) < 0.2] = IGNORED
+    targets[0] = V - 1
+    return hidden, weight, targets.to(device)
+
+
+def check(hidden, weight, targets, **settings):
+    check_op(
+        lambda h, w: ops.linear_cross_entropy(h, w, targets, **settings), [hidden, weight], "triton"
+    )
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of the least number of rows, 128."""
+    monkeypatch.setattr(triton_linear_cross_entropy, "LOGITS_BYTES", 0)
+
+
+SHAPES = [(1, 1, 1), (3, 40, 7), (5, 16, 17), (2, 33, 1024), (67, 64, 1031), (6, 24, 4099)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(shape, dtype, device):
+    for seed, reduction in ((1, "mean"), (2, "none")):
+        hidden, weight, targets = make_inputs(*shape, dtype, device, seed)
+        check(hidden, weight, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
+def test_settings(reduction, smoothing, z_loss, device):
+    hidden, weight, targets = make_inputs(9, 16, 47, torch.bfloat16, device)
+    targets[targets == IGNORED] = 46
+    targets[3:5] = 2
+    settings = dict(reduction=reduction, label_smoothing=smoothing, z_loss=z_loss)
+    check(hidden, weight, targets, ignore_index=2, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [128, 129, 300])
+def test_chunks(N, dtype, device, small_chunks):
+    for reduction in ("mean", "none"):
+        hidden, weight, targets = make_inputs(N, 16, 37, dtype, device)
+        check(hidden, weight, targets, reduction=reduction)
+
+
+def test_chunks_give_what_one_chunk_gives(device, monkeypatch):
+    hidden, weight, targets = make_inputs(300, 16, 37, torch.bfloat16, device)
+    results = []
+    for limit in (2**20, 0):
+        monkeypatch.setattr(triton_linear_cross_entropy, "LOGITS_BYTES", limit)
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with use_backend("triton"):
+            loss = ops.linear_cross_entropy(*leaves, targets)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(one, many, rtol=torch.finfo(one.dtype).eps, atol=1e-6)
+
+
+def test_strides_and_shapes(device):
+    hidden, weight, _ = make_inputs(48, 40, 33, torch.bfloat16, device)
+    targets = torch.arange(24, device=device).view(4, 6).t()
+    check(hidden.view(6, 8, 40)[:, ::2], weight, targets)
+    check(hidden.t().reshape(8, 5, 48)[..., :33].transpose(1, 2)[:6, :4], weight[:, :5], targets)
+    check(hidden[:24].view(6, 4, 40), weight.t().contiguous().t(), targets)
+    check(hidden[0].expand(6, 4, 40), weight, targets, reduction="none")
+
+
+def test_one_gradient_alone(device):
+    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
+    for reduction in ("mean", "none"):
+        settings = dict(targets=targets, reduction=reduction)
+        check_op(
+            lambda h: ops.linear_cross_entropy(h, weight.to(h), **settings), [hidden], "triton"
+        )
+        check_op(
+            lambda w: ops.linear_cross_entropy(hidden.to(w), w, **settings), [weight], "triton"
+        )
+
+
+def test_no_gradient_work_without_need(device, monkeypatch):
+    monkeypatch.delattr(triton_linear_cross_entropy, "_add_weight_gradient_kernel")
+    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
+    for reduction in ("mean", "sum", "none"):
+        with use_backend("triton"), torch.no_grad():
+            ops.linear_cross_entropy(hidden, weight.requires_grad_(), targets, reduction=reduction)
+    check_op(lambda *t: ops.linear_cross_entropy(*t, targets), [hidden, weight], "triton", False)
+
+
+def test_upstream_gradient_and_second_backward(device):
+    """Gradients are scaled, not overwritten: a second backward pass gives them again."""
+    hidden, weight, targets = make_inputs(5, 16, 7, torch.float32, device)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with use_backend("triton"):
+        loss = ops.linear_cross_entropy(*leaves, targets)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss * 4, leaves)
+    for one, four in zip(first, second, strict=True):
+        assert torch.equal(four, 4 * one)
+
+
+def test_fp16_gradients_of_many_rows_do_not_underflow(device):
+    """A loss scaled as mixed precision does it: gradients of a row are 2**-24, less than fp16 has."""
+    hidden, weight, targets = make_inputs(3, 16, 7, torch.float16, device)
+    targets[:] = 1
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    scale = 2.0**-20
+    with use_backend("triton"):
+        loss = ops.linear_cross_entropy(*leaves, targets, reduction="sum")
+    small = (loss * scale) * (1 / scale)
+    for scaled, plain in zip(
+        torch.autograd.grad(small, leaves, retain_graph=True),
+        torch.autograd.grad(loss, leaves),
+        strict=True,
+    ):
+        assert torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_counts(reduction, device):
+    for N in (0, 3):
+        hidden, weight, _ = make_inputs(max(N, 1), 16, 7, torch.bfloat16, device)
+        leaves = hidden[:N].requires_grad_(), weight.requires_grad_()
+        targets = torch.full((N,), IGNORED, device=device)
+        with use_backend("triton"):
+            loss = ops.linear_cross_entropy(*leaves, targets, reduction=reduction)
+        expected = (
+            torch.zeros(N, device=device) if reduction == "none" else torch.zeros((), device=device)
+        )
+        torch.testing.assert_close(
+            loss, expected / 0 if reduction == "mean" else expected, equal_nan=True
+        )
+        for gradient in torch.autograd.grad(loss.sum(), leaves):
+            assert (gradient == 0).all()
+
+
+def test_out_of_range_target_is_nan(device):
+    hidden, weight, _ = make_inputs(4, 16, 7, torch.bfloat16, device)
+    targets = torch.tensor([0, 7, -1, 2**40], device=device)
+    with use_backend("triton"):
+        losses = ops.linear_cross_entropy(hidden, weight, targets, reduction="none")
+    assert losses.isnan().tolist() == [False, True, True, True]
+
+
+def test_deterministic(device):
+    hidden, weight, targets = make_inputs(67, 16, 37, torch.bfloat16, device)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with use_backend("triton"):
+        runs = [ops.linear_cross_entropy(*leaves, targets) for _ in range(2)]
+    for one, two in zip(*(torch.autograd.grad(loss, leaves) for loss in runs), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_opcheck(needs, device):
+    hidden, weight, targets = make_inputs(5, 16, 7, torch.float32, device)
+    leaves = [t.requires_grad_(need) for t, need in zip((hidden, weight), needs, strict=True)]
+    settings = (IGNORED, 0.1, 1e-3)
+    for op, extra in (
+        (triton_linear_cross_entropy._token_losses, ()),
+        (triton_linear_cross_entropy._loss_sum, needs),
+    ):
+        torch.library.opcheck(op, (*leaves, targets, *settings, *extra))
+    plain = [t.detach() for t in leaves]
+    torch.library.opcheck(
+        triton_linear_cross_entropy._token_losses_backward,
+        (torch.ones(5, device=device), *plain, targets, *settings, *needs),
+    )
+    torch.library.opcheck(
+        triton_linear_cross_entropy._scale,
+        (plain[0], torch.ones((), device=device), torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compile(compiler, reduction, device):
+    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
+    settings = dict(reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
+    call = lambda h, w: ops.linear_cross_entropy(h, w, targets, **settings)  # noqa: E731
+    torch._dynamo.reset()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with use_backend("triton"):
+        losses = [f(*leaves) for f in (call, torch.compile(call, backend=compiler, fullgraph=True))]
+    gradients = [torch.autograd.grad(loss.sum(), leaves) for loss in losses]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_fake_tensors_on_a_gpu():
+    with FakeTensorMode(), use_backend("triton"):
+        hidden, weight = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            for shape in ((2, 5, 16), (7, 16))
+        )
+        targets = torch.empty(2, 5, dtype=torch.int64, device="cuda")
+        for reduction, shape in (("mean", ()), ("none", (2, 5))):
+            loss = ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+            assert loss.shape == shape and loss.dtype == torch.float32 and loss.is_cuda

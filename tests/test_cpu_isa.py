@@ -29,10 +29,11 @@ from leangpt.kernels import decode
 from leangpt.decoding.native_decoder import NativeDecoder
 from native_helpers import LLAMA, make_model, text_of, whole
 results = {"isa": decode.cpu_isa()}
-for format in ("fp32", "bf16", "int8", "int4_asym_g64", "int8_dynamic"):
+for format in ("fp32", "bf16", "int8", "int4_asym_g64", "int8_dynamic", "fp32, int8 cache"):
     torch.manual_seed(0)
     model = make_model(n_head=4, n_embd=80, n_kv_head=2, max_seq_len=400, **LLAMA)
-    decoder = NativeDecoder.from_model(model, format, kv_dtype="float32")
+    weights, _, cache = format.partition(", ")
+    decoder = NativeDecoder.from_model(model, weights, kv_dtype="int8" if cache else "float32")
     results[format] = whole(decoder, text_of(300))
     [text] = Generator(decoder).generate([text_of(9)], SamplingParams(temperature=0, max_new_tokens=60))
     results[format + " text"] = text.token_ids
@@ -77,7 +78,9 @@ def test_the_same_text_as_portable_code(isa, folder):
                 np.testing.assert_array_equal(values, expected)
             continue
         # 8-bit activations, and those rounded to bf16, may fall to the other side of a rounding
-        is_coarse = name == "int8_dynamic" or (name == "bf16" and isa == "avx512_bf16")
+        is_coarse = name in ("int8_dynamic", "fp32, int8 cache") or (
+            name == "bf16" and isa == "avx512_bf16"
+        )
         limit = (0.05 if is_coarse else 1e-5) * np.abs(expected).max()
         assert np.abs(values - expected).max() <= limit, name
 

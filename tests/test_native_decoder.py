@@ -32,7 +32,7 @@ from leangpt import Generator, RopeScaling, SamplingParams
 from leangpt.decoding.decoder import CacheFull
 from leangpt.decoding.native_decoder import NativeDecoder
 from leangpt.decoding.sampling import RowSampling
-from leangpt.kernels import decode
+from leangpt.kernels import decode, reference
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 
@@ -171,6 +171,24 @@ class TestAccuracy:
         out = torch.from_numpy(whole(decoder, text))
         assert_as_accurate(out, logits_of(model.double(), text), baseline)
 
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "long, grouped"])
+    def test_int8_cache(self, name):
+        """No further from the exact ones than rounding each key and value of a head is."""
+        decoder = make(name, kv_dtype="int8")
+        text = text_for(decoder)
+        model = dequantized(decoder).double()
+        expected = logits_of(model, text)
+
+        def attend(layer, q, k, v):
+            return model.attend(
+                layer, q, reference.round_activations(k), reference.round_activations(v)
+            )
+
+        by_definition = model.logits(model.hidden(torch.tensor([text]), attend=attend))[0]
+        out = torch.from_numpy(whole(decoder, text)).double()
+        assert (by_definition - expected).abs().max() > 1e-4
+        assert_as_accurate(out, expected, by_definition)
+
     @pytest.mark.parametrize("name", ["gpt2", "llama"])
     def test_hidden_states(self, name):
         torch.manual_seed(1)
@@ -208,7 +226,7 @@ class TestAccuracy:
 class TestBits:
     """The logits of a sequence have the same bits whatever happens around it."""
 
-    @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
     @pytest.mark.parametrize("format", FORMATS)
     def test_formats(self, format, kv_dtype, threads):
         decode.set_num_threads(1)
@@ -578,7 +596,10 @@ class TestErrors:
             ({"num_blocks": -3}, "num_blocks must be positive and below 2.*31, got -3"),
             ({"num_blocks": 2**31}, "num_blocks must be positive and below 2.*31, got 2147483648"),
             ({"num_blocks": 2**32 + 5}, "num_blocks must be positive and below 2.*31"),
-            ({"kv_dtype": "float16"}, "kv_dtype must be float32 or bfloat16, got 'float16'"),
+            (
+                {"kv_dtype": "float16"},
+                "kv_dtype must be one of float32, bfloat16, int8, got 'float16'",
+            ),
             ({"format": "int5"}, "format must be fp32"),
         ],
         ids=str,

@@ -63,11 +63,13 @@ struct Activations {
   float* sums;       // (rows, groups): scale times the sum of the integers
 };
 
-enum class KvKind : int32_t { kFp32 = 0, kBf16 = 1 };
+enum class KvKind : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
 
 // Where the keys and values of one sequence and key head lie: page b holds keys 16 b to 16 b + 15
-// as a Vec of keys for each element (bf16: for each pair of elements), and from `value_offset` on
-// the values as Vecs of elements for each value (bf16: for each pair of values).
+// as a Vec of keys for each element (bf16: for each pair of elements, int8: for each four), and
+// from `value_offset` on the values as Vecs of elements for each value (bf16: for each pair of
+// values, int8: for each four). In int8 the scales of the 16 keys lie behind them, and those of the
+// values behind these; a byte is the integer plus 128.
 struct KvPages {
   const uint8_t* base;
   const int32_t* block_table;

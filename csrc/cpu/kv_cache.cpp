@@ -9,9 +9,11 @@ namespace leangpt::cpu {
 
 KvCache::KvCache(int n_layer, int n_kv_head, int head_dim, KvKind kind, int32_t num_blocks)
     : n_layer_(n_layer), kind_(kind), num_blocks_(num_blocks) {
-  const int64_t bytes = kind == KvKind::kFp32 ? 4 : 2;
-  value_offset_ = round_up(round_up(head_dim, 2) * kLanes * bytes, 64);
-  head_bytes_ = value_offset_ + round_up(round_up(head_dim, kLanes) * kLanes * bytes, 64);
+  constexpr int64_t kBytes[] = {4, 2, 1}, kTogether[] = {1, 2, 4};  // elements of a key
+  const int64_t bytes = kBytes[static_cast<int>(kind)];
+  const int64_t scales = kind == KvKind::kInt8 ? kLanes * sizeof(float) : 0;
+  value_offset_ = round_up(head_dim, kTogether[static_cast<int>(kind)]) * kLanes * bytes + scales;
+  head_bytes_ = value_offset_ + round_up(head_dim, kLanes) * kLanes * bytes + scales;
   block_bytes_ = head_bytes_ * n_kv_head;
   layer_bytes_ = block_bytes_ * num_blocks;
   void* memory = mmap(nullptr, layer_bytes_ * n_layer, PROT_READ | PROT_WRITE,

@@ -315,47 +315,56 @@ static int64_t activation_row_bytes(const Matrix& w) {
   }
 }
 
-// Integers of 24 bits (8 with one digit) that stand for the row, with a scale for each group.
+// `n` floats, of which all from `filled` on count as 0, as a scale times integers of 8, 16 or 24
+// bits; an integer is 1 to 3 balanced digits of base 256, each in [-128, 127], the highest first,
+// in rows of `stride`. `sums` gets the sum of each digit. The scale is NaN where an input is NaN or
+// infinite.
+static float split_digits(const float* x, int64_t filled, int64_t n, int num_digits, int8_t* digits,
+                          int64_t stride, int32_t* sums) {
+  constexpr float kLargest[] = {127.0f, 32639.0f, 8355000.0f};  // what such digits can express
+  const float largest_integer = kLargest[num_digits - 1];
+  Vec largest = zero(), probe = zero();
+  for (int64_t i = 0; i < filled; i += kLanes) {
+    const Vec v = load(x + i);
+    largest = max(largest, abs(v));
+    probe = fma(v, zero(), probe);  // NaN where the row has NaN or infinity, which max may lose
+  }
+  const float magnitude = reduce_max(largest);
+  float scale = magnitude / largest_integer;
+  float inverse = magnitude > 0 ? largest_integer / magnitude : 0.0f;
+  if (inverse > 3e38f) {
+    inverse = 3e38f;
+    scale = 1.0f / inverse;
+  }
+  IVec totals[3] = {broadcast_i32(0), broadcast_i32(0), broadcast_i32(0)};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    IVec q = i < filled ? round_to_int(load(x + i) * broadcast(inverse)) : broadcast_i32(0);
+    for (int d = num_digits - 1; d >= 0; --d) {
+      const IVec digit = shift_right<24>(shift_left<24>(q));
+      store_i8(digits + d * stride + i, digit);
+      totals[d] = totals[d] + digit;
+      q = shift_right<8>(q - digit);
+    }
+  }
+  for (int d = 0; d < num_digits; ++d) sums[d] = reduce_add(totals[d]);
+  return scale + reduce_add(probe);
+}
+
 static void quantize_row(const float* x, const Matrix& w, const Activations& a, int64_t row) {
   const int64_t padded_k = w.padded_k(), groups = w.groups();
   const int64_t group = w.group == 0 ? padded_k : w.group, given = round_up(w.k, kLanes);
   const int zero_point = w.kind == WeightKind::kInt8 ? 128 : 8;
-  const float largest_integer =
-      w.digits == 3 ? 8355000.0f : 127.0f;  // what balanced digits can express
   auto* digits = reinterpret_cast<int8_t*>(a.rows + row * a.row_bytes);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * group;
     const int64_t filled = given - first < group ? (given > first ? given - first : 0) : group;
-    Vec largest = zero(), probe = zero();
-    for (int64_t i = 0; i < filled; i += kLanes) {
-      const Vec v = load(x + first + i);
-      largest = max(largest, abs(v));
-      probe = fma(v, zero(), probe);  // NaN where the row has NaN or infinity, which max may lose
-    }
-    const float magnitude = reduce_max(largest);
-    float scale = magnitude / largest_integer;
-    float inverse = magnitude > 0 ? largest_integer / magnitude : 0.0f;
-    if (inverse > 3e38f) {
-      inverse = 3e38f;
-      scale = 1.0f / inverse;
-    }
-    scale += reduce_add(probe);
-    IVec sums[3] = {broadcast_i32(0), broadcast_i32(0), broadcast_i32(0)};
-    for (int64_t i = 0; i < group; i += kLanes) {
-      IVec q =
-          i < filled ? round_to_int(load(x + first + i) * broadcast(inverse)) : broadcast_i32(0);
-      for (int d = w.digits - 1; d >= 0; --d) {  // balanced: each digit in [-128, 127]
-        const IVec digit = shift_right<24>(shift_left<24>(q));
-        store_i8(digits + d * padded_k + first + i, digit);
-        sums[d] = sums[d] + digit;
-        q = shift_right<8>(q - digit);
-      }
-    }
+    int32_t sums[3];
+    const float scale =
+        split_digits(x + first, filled, group, w.digits, digits + first, padded_k, sums);
     double total = 0;
     for (int d = 0; d < w.digits; ++d) {
-      const int32_t sum = reduce_add(sums[d]);
-      a.offsets[(row * groups + g) * w.digits + d] = -zero_point * sum;
-      total = total * 256 + sum;
+      a.offsets[(row * groups + g) * w.digits + d] = -zero_point * sums[d];
+      total = total * 256 + sums[d];
     }
     a.scales[row * groups + g] = scale;
     a.sums[row * groups + g] = scale * static_cast<float>(total);

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_DIM = 512
 _MAX_INPUTS = 65536  # of a matrix: sums of more 8-bit products might not fit an int32
+_KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # by the dtype of the cache
+_KV_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}  # by weights
 _DEFAULT_SEQUENCES = 64  # full ones that the cache has room for, memory permitting
 
 
@@ -51,7 +53,8 @@ class NativeDecoder:
         packed: the model.
         num_blocks: pages of 16 tokens in the cache; None: for 64 full sequences, or what fits a quarter of the memory.
             Memory is taken as pages are used.
-        kv_dtype: "float32" or "bfloat16"; None: float32 for fp32 weights, else bfloat16.
+        kv_dtype: "float32", "bfloat16", or "int8" with a scale for each key and value of a head; None: as the weights,
+            int8 for int4 ones.
     """
 
     def __init__(
@@ -59,9 +62,9 @@ class NativeDecoder:
     ) -> None:
         lib = decode.library()
         self.packed = packed
-        self.kv_dtype = kv_dtype or ("float32" if packed.format.kind == "fp32" else "bfloat16")
-        if self.kv_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"kv_dtype must be float32 or bfloat16, got {kv_dtype!r}")
+        self.kv_dtype = kv_dtype or _KV_DTYPES[packed.format.kind]
+        if self.kv_dtype not in _KV_BYTES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(_KV_BYTES)}, got {kv_dtype!r}")
         if num_blocks is None:
             num_blocks = self._default_blocks()
         if not 1 <= num_blocks < 2**31:
@@ -70,7 +73,7 @@ class NativeDecoder:
         self._model = packed.model()
         self._handle: c_void_p | None = None
         handle = c_void_p()
-        kv_kind = 0 if self.kv_dtype == "float32" else 1
+        kv_kind = list(_KV_BYTES).index(self.kv_dtype)
         decode.check(
             lib.leangpt_decoder_new(byref(self._model), kv_kind, num_blocks, byref(handle))
         )
@@ -201,7 +204,7 @@ class NativeDecoder:
     def _default_blocks(self) -> int:
         config = self.config
         block_size = decode.library().leangpt_kv_block_size()
-        element_bytes = 4 if self.kv_dtype == "float32" else 2
+        element_bytes = _KV_BYTES[self.kv_dtype]
         width = -(-config.head_size // decode.LANES) * decode.LANES
         block_bytes = 2 * config.n_layer * config.kv_heads * width * block_size * element_bytes
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -272,7 +272,7 @@ void run_randomly(const Format& format, bool is_llama, uint64_t seed) {
   RandomModel made(format, is_llama, seed);
   const Model& model = made.model;
   const int64_t vocab = model.config.vocab_size;
-  const KvKind kind = below(random, 2) ? KvKind::kFp32 : KvKind::kBf16;
+  const auto kind = static_cast<KvKind>(below(random, 3));
   OneByOne one_by_one(model, kind);
   Decoder decoder(model, kind, static_cast<int32_t>(4 + below(random, 40)));
   KvCache& cache = decoder.cache();

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from .triton_adamw import adamw_step
+from .triton_embedding import embedding
 from .triton_layer_norm import add_layer_norm, layer_norm
 from .triton_linear_cross_entropy import linear_cross_entropy
 from .triton_rms_norm import add_rms_norm, rms_norm
@@ -18,6 +19,7 @@ __all__: list[str] = [
     "adamw_step",
     "add_layer_norm",
     "add_rms_norm",
+    "embedding",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

@@ -1,4 +1,4 @@
-"""The command line: `leangpt prepare | train | generate | evaluate | export | demo | info`.
+"""The command line: `leangpt prepare | train | generate | evaluate | export | demo | kernels | info`.
 
 Each command is a dataclass whose fields are its options; the functions only parse, print, and call the library.
 """
@@ -88,6 +88,20 @@ class Demo:
 
     out: Path = DEMO_RUN
     minutes: float = 3.0  # of training, about; the number of steps follows from the measured speed
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compile the Triton kernels at the shapes of two models for GPUs that need not be there, and look at their code.
+
+    report: registers, spills, shared memory, tensor-core instructions, widths of accesses, what should bound the op.
+    check: compare with kernels/contract.json; what is worse there, new or gone is an error.
+    update: make that file anew.
+    """
+
+    action: Positional[Literal["report", "check", "update"]]
+    arch: str = "sm_80,sm_90,sm_100,sm_120"  # with commas between
+    json: bool = False  # report: one JSON document
 
 
 def _prepare(argv: Sequence[str]) -> None:
@@ -278,6 +292,26 @@ def _demo(argv: Sequence[str]) -> None:
     run_demo(options.out, options.minutes)
 
 
+def _kernels(argv: Sequence[str]) -> None:
+    options = _parse(Kernels, "kernels", argv)
+    try:
+        from . import kernel_report
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError("Triton is not installed: run `pip install triton`") from error
+    archs = [name.strip() for name in options.arch.split(",")]
+    if options.action == "update" and options.arch != Kernels.arch:
+        raise ValueError("the contract has all architectures: leave out --arch")
+    rows = kernel_report.make_report(archs)
+    if options.action == "report":
+        print(kernel_report.to_json(rows) if options.json else kernel_report.to_text(rows))
+    elif options.action == "update":
+        kernel_report.update(rows)
+    else:
+        kernel_report.check(rows, archs)
+
+
 def _info(argv: Sequence[str]) -> None:
     from .machine import describe
 
@@ -297,6 +331,7 @@ COMMANDS = {
     "evaluate": (_evaluate, "measure what low-bit weights cost"),
     "export": (_export, "write a model in another format"),
     "demo": (_demo, "train a small GPT in minutes and generate from it"),
+    "kernels": (_kernels, "show and check what the GPU kernels compile to, without a GPU"),
     "info": (_info, "show what this machine offers"),
 }
 USAGE = "usage: leangpt COMMAND [OPTIONS]\n\n" + "\n".join(

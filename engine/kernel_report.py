@@ -1,0 +1,216 @@
+"""What the Triton kernels compile to at the shapes of two models, in bfloat16: `leangpt kernels`.
+
+GPT-2, and Qwen3-8B for what GPT-2 lacks: RMSNorm, rotary positions, a gated MLP, grouped heads of 128.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from leangpt.kernels import contract, triton_ops
+from leangpt.kernels.chips import CHIPS, predicted_bound
+from leangpt.kernels.triton_report import Case, Empty, Row, Work, report, versions
+
+from .config import GPTConfig
+
+QWEN3_8B = GPTConfig(
+    vocab_size=151936,
+    max_seq_len=4096,
+    n_embd=4096,
+    n_head=32,
+    n_kv_head=8,
+    head_dim=128,
+    n_inner=12288,
+    norm="rms_norm",
+    position="rotary",
+    activation="swiglu",
+    bias=False,
+    qk_norm=True,
+)
+
+
+def cases() -> list[Case]:
+    """A call of every op for each of the models."""
+    gpt2 = GPTConfig.preset("gpt2")
+    dropouts = {0.0: "", 0.1: " dropout"}  # newer models do without
+    return [
+        *_cases("gpt2", gpt2, batch=8, dropouts=dropouts),
+        *_cases("qwen3-8b", QWEN3_8B, batch=2, dropouts={0.0: ""}),
+    ]
+
+
+def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]) -> Iterator[Case]:
+    B, T = batch, config.max_seq_len
+    H, H_kv, D = config.n_head, config.kv_heads, config.head_size
+    C, F, V = config.n_embd, config.inner_size, config.vocab_size
+    fused_F = F * (1 + config.is_gated)
+    rows = H + 2 * H_kv  # heads in a row of packed qkv
+    x, row = Empty((B, T, C)), Empty((C,))
+    bias = {n: Empty((n,)) if config.bias else None for n in (C, fused_F, rows * D)}
+    tokens = Empty((B, T), torch.int64)
+
+    def case(op: str, *arguments: Any, note: str = "", flops: Sequence[float] = (0, 0)) -> Case:
+        return Case(model, op + note, getattr(triton_ops, op), arguments, *flops)
+
+    def heads(n: int) -> Empty:
+        """Part of packed qkv."""
+        return Empty((B, T, n, D), strides=(T * rows * D, rows * D, D, 1))
+
+    def product(n: int, k: int) -> tuple[float, float]:
+        """FLOPs of a linear layer, forward and backward."""
+        return 2.0 * B * T * n * k, 4.0 * B * T * n * k
+
+    positions = (None, None)
+    if config.position == "learned":
+        positions = Empty((1, T), torch.int64), Empty((config.max_seq_len, C))
+    yield case("embedding", tokens, Empty((V, C)), *positions)
+
+    norm = config.norm
+    parameters = (row, bias[C]) if norm == "layer_norm" else (row,)
+    yield case(norm, x, *parameters, config.norm_eps)
+    for dropout_p, note in dropouts.items():
+        yield case(f"add_{norm}", x, x, *parameters, config.norm_eps, dropout_p, note=note)
+    if config.qk_norm:
+        yield case("rms_norm", heads(H), Empty((D,)), config.norm_eps, note=" of heads")
+
+    qkv = Empty((rows * D, C))
+    yield case("linear", x, qkv, bias[rows * D], flops=product(rows * D, C))
+    if config.position == "rotary":
+        angles = Empty((1, T, D // 2), torch.float32, requires_grad=False)
+        yield case("rotary", heads(H), angles, angles)
+
+    q, k, v = heads(H), heads(H_kv), heads(H_kv)
+    # forward has 2 products and backward 5, of D each for the pairs of a query and a key before it
+    pairs = 2.0 * B * H * D * T * (T + 1) / 2
+    flops = (2 * pairs, 5 * pairs)
+    for dropout_p, note in dropouts.items():
+        yield case("attention", q, k, v, None, None, None, dropout_p, note=note, flops=flops)
+    yield case("attention", q, k, v, None, T // 4, None, 0.0, note=" window")
+    packed = [dataclasses.replace(t, shape=t.shape[1:], strides=t.strides[1:]) for t in (q, k, v)]
+    lengths = Empty((B + 1,), torch.int32)
+    yield case("attention_varlen", *packed, lengths, T, None, None, 0.0)
+
+    weights = Empty((fused_F, C)), bias[fused_F], Empty((C, F)), bias[C]
+    flops = product(fused_F + F, C)
+    for dropout_p, note in dropouts.items():
+        yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
+
+    # the gradients of the mean are computed in forward
+    yield case(
+        *("linear_cross_entropy", x, Empty((V, C)), tokens, -100, "mean", 0.0, 0.0),
+        flops=(sum(product(V, C)), 0.0),
+    )
+
+
+def make_report(archs: Sequence[str]) -> list[Row]:
+    for arch in archs:
+        if arch not in CHIPS:
+            raise ValueError(f"arch must be one of {', '.join(CHIPS)}, got {arch!r}")
+    return report(cases(), archs)
+
+
+def check(rows: Sequence[Row], archs: Sequence[str]) -> None:
+    """Print what is worse than the contract says; raises ValueError where something is."""
+    expected = {
+        name: {arch: figures for arch, figures in kernel.items() if arch in archs}
+        for name, kernel in contract.load(versions()).items()
+    }
+    lines = contract.differences(expected, by_name(rows))
+    if lines:
+        print("\n".join(lines))
+        raise ValueError(
+            f"{len(lines)} differences from {contract.PATH.name}; if they are wanted, accept them with"
+            " `leangpt kernels update`"
+        )
+    print(f"{len(rows)} kernels and architectures are as {contract.PATH.name} says, or better")
+
+
+def update(rows: Sequence[Row]) -> None:
+    contract.save(versions(), by_name(rows))
+    print(f"wrote {contract.PATH}")
+
+
+def by_name(rows: Sequence[Row]) -> contract.Kernels:
+    """As the contract has them."""
+    kernels: contract.Kernels = {}
+    for row in rows:
+        kernels.setdefault(row.name, {})[row.arch] = row.figures
+    return kernels
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    documents = [
+        {
+            **dataclasses.asdict(row.work),
+            "kernel": row.kernel,
+            "arch": row.arch,
+            "constants": row.constants,
+            **row.figures,
+            "predicted_bound": _predicted_bound(row.work, row.arch),
+        }
+        for row in rows
+    ]
+    return json.dumps({"versions": versions(), "rows": documents}, indent=1, default=str)
+
+
+def _predicted_bound(work: Work, arch: str) -> str:
+    return predicted_bound(work.flops, work.num_bytes, CHIPS[arch])
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """A paragraph for each direction of each op, and in it one for each kernel, with a line an architecture."""
+    programs = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines = [
+        f"Compiled by {programs}; nothing was run. Numbers of instructions are those in the code. A bound is predicted",
+        "from the least work of the op, on paper, and the figures of the chips, on paper too: it is no measured speed.",
+    ]
+    ops: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        ops.setdefault((row.work.model, row.work.op, row.work.direction), []).append(row)
+    for op, rows_of_op in ops.items():
+        lines += ["", f"{' '.join(op)}: {_work_in_words(rows_of_op)}"]
+        kernels: dict[str, list[Row]] = {}
+        for row in rows_of_op:
+            kernels.setdefault(row.kernel, []).append(row)
+        for kernel, rows_of_kernel in kernels.items():
+            lines.append(f"  {kernel}: {_configuration_in_words(rows_of_kernel[0])}")
+            lines += [f"    {_figures_in_words(row)}" for row in rows_of_kernel]
+    return "\n".join(lines)
+
+
+def _work_in_words(rows: Sequence[Row]) -> str:
+    work = rows[0].work
+    parts = [f"{work.flops / 1e9:.1f} GFLOP"] if work.flops else []
+    parts.append(f"{work.num_bytes / 1e6:.0f} MB")
+    if work.library_products:
+        parts.append(f"{work.library_products} products are the library's")
+    archs = dict.fromkeys(row.arch for row in rows)
+    bounds = [f"{CHIPS[arch].name} by {_predicted_bound(work, arch)}" for arch in archs]
+    return f"{', '.join(parts)}; predicted to be bound on {', '.join(bounds)}"
+
+
+def _configuration_in_words(row: Row) -> str:
+    constants = [f"{name}={value}" for name, value in row.constants.items()]
+    return " ".join([*constants, f"warps={row.figures['num_warps']}"])
+
+
+def _figures_in_words(row: Row) -> str:
+    figures = row.figures
+    blocks = figures["blocks_per_sm"]
+    occupancy = f"{blocks} blocks, {blocks * figures['num_warps']} warps an SM"
+    parts = [
+        f"{row.arch:6} {figures['registers']:3} registers {figures['spills']:3} spills",
+        f"{figures['shared_bytes'] / 1024:5.1f} KB shared",
+        occupancy if blocks else "more shared memory than there is",
+        *(f"{kind} {n}" for kind, n in (figures["tensor_cores"] | figures["copies"]).items()),
+        f"loads {_accesses_in_words(figures['loads'])}",
+        f"stores {_accesses_in_words(figures['stores'])}",
+    ]
+    return "  ".join(parts)
+
+
+def _accesses_in_words(accesses: dict[str, int]) -> str:
+    return ", ".join(f"{n} of {width} bits" for width, n in accesses.items()) or "none"

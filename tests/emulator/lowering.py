@@ -1,0 +1,458 @@
+"""From a kernel's PTX statements to the program that the emulator executes.
+
+Opcodes become names of the emulator's own table of instructions (simt/): modifiers that change nothing here are dropped, all
+others stay in the name, and a name that the table does not have is `Unsupported`. Registers become places in the register file
+of a warp; one that lives only between two labels shares its place with others, so that the file stays in the cache. Constants and
+special registers are registers that are filled beforehand.
+"""
+
+import re
+import struct
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from . import machine
+from .ptx import Address, Kernel, Label, Statement, Unsupported, num_bytes
+
+LANES = 32
+# filled by Launch::start in simt/scheduler.cpp, in this order
+SPECIAL_REGISTERS = [
+    *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
+    *("%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt"),
+]
+SPACES = {"global": 0, "shared": 1, "local": 2, "generic": 3, "param": 4}
+ORDERS = {
+    "acquire": 1 | 4,
+    "release": 2 | 4,
+    "acq_rel": 1 | 2 | 4,
+    "relaxed": 4,
+    "volatile": 4,
+}
+
+# modifiers without a meaning here: rounding that is the default, what the hardware may approximate, hints for caches, and
+# the scope of an order, since all is seen by all
+IGNORED = {
+    *("rn", "approx", "full", "ftz", "sync", "aligned", "uni", "noftz"),
+    *("gpu", "cta", "sys", "ca", "cg", "cs", "cv", "wb", "wt", "nc", "weak"),
+    *("L1::evict_first", "L1::evict_last", "L1::evict_normal", "L1::no_allocate"),
+    *("L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal"),
+    *("L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"),
+}
+UNSIGNED_CONDITIONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+# no instruction at all: hints
+NOTHING = {"griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "nanosleep"}
+
+
+@dataclass
+class Program:
+    """A lowered kernel, in the arrays that the emulator's library takes."""
+
+    kernel: Kernel
+    rows: array = field(default_factory=lambda: array("q"))
+    operands: array = field(default_factory=lambda: array("I"))
+    statements: list[Statement] = field(default_factory=list)  # of each row
+    constants: bytes = b""
+    register_bytes: int = 0
+    global_granule: int = 4  # log2 of the narrowest access
+    shared_granule: int = 4
+
+
+class _RegisterFile:
+    """Places of registers: byte offsets, first those of constants and behind them, once their number is known, the others."""
+
+    CONSTANT = 1 << 31  # marks an offset among the constants until then
+
+    def __init__(self):
+        self.constants = bytearray(LANES * 4 * len(SPECIAL_REGISTERS))
+        self.places = {name: self.CONSTANT | LANES * 4 * i for i, name in enumerate(SPECIAL_REGISTERS)}
+        self.num_bytes = 0
+        self.free: dict[int, list[int]] = {}
+
+    def constant(self, value: int, size: int) -> int:
+        key = f"{value}:{size}"
+        if key not in self.places:
+            padding = -len(self.constants) % 64
+            self.places[key] = self.CONSTANT | len(self.constants) + padding
+            self.constants += bytes(padding) + value.to_bytes(size, "little") * LANES
+        return self.places[key]
+
+    def allocate(self, size: int) -> int:
+        if self.free.get(size):
+            return self.free[size].pop()
+        self.num_bytes += LANES * max(size, 2)
+        return self.num_bytes - LANES * max(size, 2)
+
+    def release(self, place: int, size: int) -> None:
+        self.free.setdefault(size, []).append(place)
+
+
+def _last_uses(kernel: Kernel) -> dict[str, int]:
+    """The last use of each register that is written first, and lives only, between two labels that a branch goes to."""
+    targets = {p.operands[-1] for p in kernel.body if isinstance(p, Statement) and p.opcode.startswith("bra")}
+    segment, home, last = 0, {}, {}
+    for i, part in enumerate(kernel.body):
+        if isinstance(part, Label):
+            segment += part.name in targets
+            continue
+        has_result = not part.opcode.startswith(("st.", "red.", "bra", "bar"))
+        results = part.operands[0] if part.operands and has_result and not part.guard else ()
+        results = results.split("|") if isinstance(results, str) else results
+        for name in part.registers():
+            if name not in home:
+                home[name] = segment if not isinstance(results, Address) and name in results else -1
+            elif home[name] != segment:
+                home[name] = -1
+            last[name] = i
+    return {name: i for name, i in last.items() if home[name] >= 0}
+
+
+class _Lowering:
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.program = Program(kernel)
+        self.file = _RegisterFile()
+        # an address in param, shared or local memory is an offset
+        self.addresses = kernel.params.offsets | kernel.shared.offsets | kernel.local.offsets
+        self.last_use = _last_uses(kernel)
+        self.temporaries: list[tuple[int, int]] = []
+        self.labels: dict[str, int] = {}
+        self.branches: list[tuple[int, str]] = []
+        self.is_label = True
+        self.statement: Statement
+        self.guard = -1
+        self.is_negated = False
+
+    def run(self) -> Program:
+        for i, part in enumerate(self.kernel.body):
+            if isinstance(part, Label):
+                self.labels[part.name] = len(self.program.statements)
+                self.is_label = True
+                continue
+            self.statement = part
+            try:
+                self.lower(part)
+            except Unsupported as error:
+                raise Unsupported(f"{error}: {part.text!r} ({part.source or self.kernel.name})") from None
+            for name in set(part.registers()):
+                if self.last_use.get(name) == i and name in self.file.places:
+                    self.file.release(self.file.places.pop(name), num_bytes(self.kernel.type_of(name)))
+            for place, size in self.temporaries:
+                self.file.release(place, size)
+            self.temporaries.clear()
+        self.guard = -1
+        self.emit("exit", [])
+        return self.finish()
+
+    def finish(self) -> Program:
+        program, width = self.program, len(_COLUMNS)
+        for row, label in self.branches:
+            program.rows[row * width + _COLUMNS.index("immediate")] = self.labels[label]
+        size = len(self.file.constants) + -len(self.file.constants) % 64
+        program.constants = bytes(self.file.constants.ljust(size, b"\0"))
+        program.register_bytes = size + self.file.num_bytes
+        constant = _RegisterFile.CONSTANT
+        program.operands = array("I", (o & ~constant if o & constant else o + size for o in program.operands))
+        guard = _COLUMNS.index("guard")
+        for at in range(guard, len(program.rows), width):
+            if program.rows[at] >= 0:
+                program.rows[at] += size
+        return program
+
+    # ---- operands
+
+    def register(self, name: str) -> int:
+        if name not in self.file.places:
+            self.file.places[name] = self.file.allocate(num_bytes(self.kernel.type_of(name)))
+        return self.file.places[name]
+
+    def temporary(self, size: int) -> int:
+        place = self.file.allocate(size)
+        self.temporaries.append((place, size))
+        return place
+
+    def value(self, operand: str, ptx_type: str) -> int:
+        """The place that holds an operand as a value of a type."""
+        size = num_bytes(ptx_type)
+        if operand.startswith("!"):
+            place = self.temporary(1)
+            self.emit("not.pred", [place, self.value(operand[1:], "pred")])
+            return place
+        if operand in SPECIAL_REGISTERS:
+            return self.resize(self.file.places[operand], 4, size)
+        number = _number(operand, ptx_type)
+        if number is None:
+            number = self.addresses.get(operand)
+        if number is not None:
+            return self.file.constant(number % (1 << 8 * size), size)
+        return self.resize(self.register(operand), num_bytes(self.kernel.type_of(operand)), size)
+
+    def resize(self, place: int, size: int, wanted: int, is_signed: bool = False) -> int:
+        """The place of the same value in more or fewer bytes."""
+        if size == wanted:
+            return place
+        to = self.temporary(wanted)
+        kind = "s" if is_signed else "u"
+        self.emit(f"cvt.{kind}{8 * wanted}.{kind}{8 * size}", [to, place])
+        return to
+
+    def result(self, operand: str, ptx_type: str, is_signed: bool) -> tuple[int, Callable[[], None]]:
+        """The place for a result, and what is left to do once it is there."""
+        size = num_bytes(ptx_type)
+        if operand == "_":
+            return self.temporary(size), lambda: None
+        place, declared = self.register(operand), num_bytes(self.kernel.type_of(operand))
+        if size == declared:
+            return place, lambda: None
+        temporary = self.temporary(size)
+        kind = "s" if is_signed else "u"
+        name = f"cvt.{kind}{8 * declared}.{kind}{8 * size}"
+        return temporary, lambda: self.emit(name, [place, temporary])
+
+    # ---- rows
+
+    def emit(self, name: str, places: Iterable[int], immediate: int = 0, space: int = 0, order: int = 0) -> None:
+        """Append one instruction of the emulator's table."""
+        program, places = self.program, list(places)
+        row = [machine.instructions()[name][0], self.guard, self.is_negated, immediate]
+        row += [len(program.operands), len(places), space, order, self.is_label]
+        program.rows.extend(row)
+        program.operands.extend(places)
+        program.statements.append(self.statement)
+        self.is_label = False
+
+    def instruction(self, name: str, operands: list[str | Address], is_signed: bool = False, space: str = "global", order: int = 0) -> None:
+        """Append an instruction with operands as PTX has them, converted to the types that the table tells."""
+        if name not in machine.instructions():
+            raise Unsupported(f"no instruction {name}")
+        types = machine.instructions()[name][1]
+        repeated = len(operands) - len(types) + 1
+        types = [t.rstrip("*") for t in types for _ in range(repeated if t.endswith("*") else 1)]
+        if len(types) != len(operands):
+            raise Unsupported(f"{len(operands)} operands of {name}")
+        places, afterwards, immediate = [], [], 0
+        for operand, ptx_type in zip(operands, types, strict=True):
+            if isinstance(operand, Address):
+                if ptx_type == "address":
+                    immediate = operand.offset
+                elif operand.offset:
+                    raise Unsupported(f"operand [{operand.base}+{operand.offset}]")
+                ptx_type = "b32" if space == "shared" or ptx_type == "b32" else "b64"
+                places.append(self.value(operand.base, ptx_type))
+            elif ptx_type.startswith("="):
+                place, after = self.result(operand, ptx_type[1:], is_signed)
+                places.append(place)
+                afterwards.append(after)
+            else:
+                places.append(self.value(operand, ptx_type))
+        self.emit(name, places, immediate, SPACES[space], order)
+        for after in afterwards:
+            after()
+
+    # ---- statements
+
+    def lower(self, statement: Statement) -> None:
+        self.guard, self.is_negated = -1, False
+        if statement.guard:
+            self.guard, self.is_negated = self.register(statement.guard), statement.is_negated
+        opcode, *modifiers = _split(statement.opcode)
+        modifiers = [m for m in modifiers if m not in IGNORED]
+        if opcode in NOTHING:
+            return
+        rule = _RULES.get(opcode, _Lowering.plain)
+        rule(self, opcode, modifiers, statement.operands)
+
+    def plain(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        """An instruction whose name and operands are those of PTX."""
+        flat = [name for o in operands for name in ((o,) if isinstance(o, str | Address) else o)]
+        self.instruction(".".join([opcode, *modifiers]), flat, is_signed=bool(modifiers) and modifiers[0].startswith("s"))
+
+    def move(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        (ptx_type,) = modifiers
+        whole = "pred" if ptx_type == "pred" else f"b{8 * num_bytes(ptx_type)}"
+        result, source = operands
+        for name, vector, flat in (("pack", source, lambda: [result, *source]), ("unpack", result, lambda: [*result, source])):
+            if isinstance(vector, tuple):
+                part = f"b{8 * num_bytes(ptx_type) // len(vector)}"
+                return self.instruction(f"{name}.{whole}.{part}", flat())
+        if _number(source, ptx_type) is not None and ptx_type.startswith("f"):
+            source = str(_number(source, ptx_type))  # its bits
+        return self.instruction(f"mov.{whole}", operands[:1] + [source])
+
+    def select(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        result, *values, condition = operands
+        bits = f"b{8 * num_bytes(modifiers[-1])}" if modifiers[-1] != "pred" else "pred"
+        values = [str(v) if (v := _number(o, modifiers[-1])) is not None else o for o in values]
+        self.instruction(f"selp.{bits}", [result, *values, condition])
+
+    def compare(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        """setp, with a second result, its opposite, and a predicate that it is combined with."""
+        condition, *logic, ptx_type = modifiers
+        condition = UNSIGNED_CONDITIONS.get(condition, condition)
+        results, a, b, *other = operands
+        result, _, opposite = results.partition("|")
+        if not opposite and not logic:
+            return self.instruction(f"setp.{condition}.{ptx_type}", [result, a, b])
+        types = machine.instructions().get(f"setp.{condition}.{ptx_type}")
+        if not types or len(logic) != len(other):
+            raise Unsupported(f"no instruction setp.{condition}.{ptx_type}")
+        compared, negated = self.temporary(1), self.temporary(1)
+        self.emit(f"setp.{condition}.{ptx_type}", [compared, self.value(a, types[1][1]), self.value(b, types[1][2])])
+        self.emit("not.pred", [negated, compared])
+        combined = self.value(other[0], "pred") if other else None
+        for name, place in ((result, compared), (opposite, negated)):
+            if name and name != "_":
+                if combined is None:
+                    self.emit("mov.pred", [self.register(name), place])
+                else:
+                    self.emit(f"{logic[0]}.pred", [self.register(name), place, combined])
+        return None
+
+    def memory(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        """ld, st, atom, red: their space, order, vector and type are modifiers."""
+        *modifiers, ptx_type = modifiers
+        space, order, kept = "generic", 0, []
+        for modifier in modifiers:
+            if modifier.partition("::")[0] in SPACES:
+                space = modifier.partition("::")[0]
+            elif modifier in ORDERS:
+                order |= ORDERS[modifier]
+            elif modifier not in ("v2", "v4", "v8"):
+                kept.append(modifier)
+        size = num_bytes(ptx_type)
+        if opcode in ("ld", "st", "ldu"):
+            ptx_type, opcode = f"b{8 * size}", opcode[:2]
+        elif kept[0] not in ("add", "min", "max", "inc", "dec"):
+            ptx_type = f"b{8 * size}"
+        flat = [name for o in operands for name in ((o,) if isinstance(o, str | Address) else o)]
+        has_hint = "L2::cache_hint" in self.statement.opcode
+        width = size * (max(1, len(flat) - 1 - has_hint) if opcode in ("ld", "st") else 1)
+        self.narrow(space, width)
+        name = ".".join([opcode, *kept, ptx_type])
+        return self.instruction(name, flat[:-1] if has_hint else flat, _is_signed(self.statement), space, order)
+
+    def narrow(self, space: str, width: int) -> None:
+        """Let shadow memory tell apart what is this narrow."""
+        log2 = width.bit_length() - 1
+        if space in ("shared", "generic"):
+            self.program.shared_granule = min(self.program.shared_granule, log2)
+        if space in ("global", "generic"):
+            self.program.global_granule = min(self.program.global_granule, log2)
+
+    def async_copy(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        if modifiers[0] != "async":
+            raise Unsupported("no such copy")
+        if modifiers[1] in ("commit_group", "wait_group", "wait_all"):
+            return self.instruction(f"cp.async.{modifiers[1]}", operands)
+        if {m.partition("::")[0] for m in modifiers[1:]} != {"shared", "global"}:
+            raise Unsupported("no such copy")
+        if "L2::cache_hint" in self.statement.opcode:
+            operands = operands[:-1]
+        destination, source, width, *source_bytes = operands
+        if destination.offset:
+            place = self.temporary(4)
+            base = self.value(destination.base, "b32")
+            self.emit("add.u32", [place, base, self.file.constant(destination.offset % (1 << 32), 4)])
+        else:
+            place = self.value(destination.base, "b32")
+        self.narrow("shared", int(width))
+        places = [place, self.value(source.base, "b64"), self.value(width, "b32")]
+        places.append(self.value(source_bytes[0] if source_bytes else width, "b32"))
+        return self.emit("cp.async", places, source.offset)
+
+    def branch(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        self.branches.append((len(self.program.statements), operands[0]))
+        self.emit("bra", [])
+
+    def leave(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        self.emit("exit", [])
+
+    def barrier(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        if modifiers == ["warp"]:
+            self.instruction("bar.warp", operands)
+        elif modifiers or operands != ["0"]:
+            raise Unsupported("no barriers but bar.sync 0")
+        else:
+            self.emit("bar", [])
+
+    def shuffle(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        result, *rest = operands
+        result, _, in_range = result.partition("|")
+        self.instruction(f"shfl.{'.'.join(modifiers)}", [result, in_range or "_", *rest])
+
+    def matrix(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        if modifiers[0] != "m8n8" or modifiers[-1] != "b16":
+            raise Unsupported("no such matrix")
+        name = "ldmatrix.trans.b16" if "trans" in modifiers else "ldmatrix.b16"
+        results, address = operands
+        results = (results,) if isinstance(results, str) else results
+        self.narrow("shared", 16)
+        self.instruction(name, [*results, address], space="shared")
+
+    def fence(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        if any(m not in ("gl", "sc", "acq_rel") for m in modifiers):
+            raise Unsupported("no such fence")
+        self.emit("fence", [])
+
+    def convert_address(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        if "global" in modifiers:
+            self.instruction("mov.b64", operands)
+        else:
+            self.instruction(".".join([opcode, *(m for m in modifiers if m in ("to", "shared", "local"))]), operands)
+
+
+_COLUMNS = ["entry", "guard", "is_negated", "immediate", "first_operand", "num_operands", "space", "order", "is_label"]
+_RULES = {
+    "mov": _Lowering.move,
+    "selp": _Lowering.select,
+    "setp": _Lowering.compare,
+    "ld": _Lowering.memory,
+    "ldu": _Lowering.memory,
+    "st": _Lowering.memory,
+    "atom": _Lowering.memory,
+    "red": _Lowering.memory,
+    "cp": _Lowering.async_copy,
+    "bra": _Lowering.branch,
+    "ret": _Lowering.leave,
+    "exit": _Lowering.leave,
+    "bar": _Lowering.barrier,
+    "barrier": _Lowering.barrier,
+    "shfl": _Lowering.shuffle,
+    "ldmatrix": _Lowering.matrix,
+    "membar": _Lowering.fence,
+    "fence": _Lowering.fence,
+    "cvta": _Lowering.convert_address,
+}
+
+
+def _split(opcode: str) -> list[str]:
+    return opcode.split(".")
+
+
+def _is_signed(statement: Statement) -> bool:
+    return re.search(r"\.s\d+$", statement.opcode) is not None
+
+
+def _number(text: str, ptx_type: str) -> int | None:
+    """The bits of a literal of a type, or None if the text is not a literal."""
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
+        bits = int(text[2:], 16)
+        return bits if num_bytes(ptx_type) == 4 else int.from_bytes(struct.pack("<d", struct.unpack("<f", bits.to_bytes(4, "little"))[0]), "little")
+    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
+        bits = int(text[2:], 16)
+        return bits if num_bytes(ptx_type) == 8 else int.from_bytes(struct.pack("<f", struct.unpack("<d", bits.to_bytes(8, "little"))[0]), "little")
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        number = int(text.rstrip("U"), 0) % (1 << 64)
+        return number if not ptx_type.startswith("f") else _float_bits(float(int(text.rstrip("U"), 0)), ptx_type)
+    if re.fullmatch(r"-?\d+\.\d*([eE][+-]?\d+)?", text) and ptx_type.startswith("f"):
+        return _float_bits(float(text), ptx_type)
+    return None
+
+
+def _float_bits(value: float, ptx_type: str) -> int:
+    return int.from_bytes(struct.pack({4: "<f", 8: "<d"}[num_bytes(ptx_type)], value), "little")
+
+
+def lower(kernel: Kernel) -> Program:
+    """Lower a kernel for the emulator."""
+    return _Lowering(kernel).run()

@@ -1,0 +1,155 @@
+"""The emulator's library, compiled from simt/ at its first use, and what Python tells it.
+
+The library is kept under build/emulator of the repository, in a folder named by the hash of its sources, the compiler and the CPU.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .lowering import Program
+
+SOURCES = Path(__file__).parent / "simt"
+CACHE = Path(__file__).parents[2] / "build" / "emulator"
+ORDERS = ("forward", "reverse", "random")
+FLAGS = "-std=c++17 -O2 -march=native -fPIC -fno-math-errno -fno-trapping-math -w".split()
+
+
+class Fault(RuntimeError):
+    """A kernel did what is undefined or illegal."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a kernel is run. Every choice is legal on the hardware, so none may change whether a kernel is right."""
+
+    seed: int = 0
+    order: str = "random"  # of blocks and warps: forward, reverse, random
+    resident: int = 1  # number of blocks that run at the same time
+    preempt: int = 1000  # mean number of instructions until another warp goes on; 0: only where a warp must wait
+    # 0: no check of races. 1: strict. 2: threads of a warp may write different values to one address, as Triton's do when
+    # copies of a value in several lanes differ in the last bit
+    race: int = 2
+    early_async: bool = False  # cp.async copies at once instead of when it is waited for
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [("seed", ctypes.c_uint64)] + [
+        (name, ctypes.c_int32) for name in ("order", "resident", "preempt", "race", "early_async")
+    ]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p)]
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)
+    return platform.machine() + (flags[0] if flags else "")
+
+
+def _compile(library: Path, compiler: str) -> None:
+    """Compile all sources side by side and link them."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        objects = {source: f"{folder}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        compilations = [
+            subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", to]) for source, to in objects.items()
+        ]
+        if any([process.wait() for process in compilations]):
+            raise RuntimeError(f"{compiler} cannot compile {SOURCES}")
+        output = f"{folder}/{library.name}"
+        subprocess.run([compiler, "-shared", *objects.values(), "-o", output], check=True)
+        os.replace(output, library)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX", "g++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version + " ".join(FLAGS).encode() + _cpu().encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    library = CACHE / f"simt-{digest.hexdigest()[:16]}.so"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        if not library.exists():
+            _compile(library, compiler)
+    loaded = ctypes.CDLL(str(library))
+    loaded.simt_instructions.restype = ctypes.c_char_p
+    loaded.simt_launch.restype = ctypes.c_char_p
+    loaded.simt_program.restype = ctypes.c_void_p
+    return loaded
+
+
+@functools.cache
+def instructions() -> dict[str, tuple[int, list[str]]]:
+    """The emulator's instructions: the index of each, and the types of its operands, those of results with a `=`."""
+    lines = _library().simt_instructions().decode().splitlines()
+    table = {}
+    for index, line in enumerate(lines):
+        name, signature = line.split("\t")
+        table[name] = (index, signature.split())
+    return table
+
+
+class Machine:
+    """A program that is loaded and can be launched."""
+
+    def __init__(self, program: "Program"):
+        self.program = program
+        size = ctypes.c_size_t
+        rows, operands = program.rows, program.operands
+        num_columns = len(rows) // len(program.statements)
+        self._handle = ctypes.c_void_p(
+            _library().simt_program(
+                ctypes.c_void_p(rows.buffer_info()[0]), size(len(rows) // num_columns),
+                ctypes.c_void_p(operands.buffer_info()[0]), size(len(operands)),
+                program.constants, size(len(program.constants)), size(program.register_bytes),
+                size(program.kernel.local.num_bytes), program.global_granule, program.shared_granule,
+            )
+        )  # fmt: skip
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared_bytes: int,
+        params: bytes,
+        buffers: Iterable[tuple[int, int, str]],
+        options: Options,
+    ) -> None:
+        """Run a grid; `buffers` are all the memory it may access, as (address, number of bytes, name)."""
+        size = ctypes.c_size_t
+        ranges = [_Buffer(start, start + length, name.encode()) for start, length, name in buffers]
+        order = ORDERS.index(options.order)
+        settings = _Options(
+            options.seed, order, options.resident, options.preempt, options.race, options.early_async
+        )
+        message = _library().simt_launch(
+            self._handle, params, size(len(params)), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
+            ctypes.c_uint32(shared_bytes), ctypes.byref(settings),
+            (_Buffer * len(ranges))(*ranges), size(len(ranges)),
+        )  # fmt: skip
+        if message is not None:
+            text = re.sub(r"\{@(\d+)\}", lambda found: self._place(int(found[1])), message.decode())
+            kernel = self.program.kernel.name
+            raise Fault(f"{kernel}[{','.join(map(str, grid))}]: {text}")
+
+    def _place(self, row: int) -> str:
+        statement = self.program.statements[row]
+        text = " ".join(statement.text.split())
+        return f"{statement.source}: {text}" if statement.source else text

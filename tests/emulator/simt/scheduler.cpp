@@ -1,0 +1,288 @@
+// The scheduler: blocks, warps and the groups of lanes that diverge, barriers, and what can go wrong with them.
+#include <algorithm>
+
+#include "shadow.h"
+
+namespace simt {
+
+namespace {
+
+// nothing that a test launches runs longer; a kernel that waits for what never comes does
+constexpr uint64_t kMostInstructions = 4'000'000'000;
+constexpr int64_t kLongestSlice = 1 << 20;
+constexpr uint32_t kMostThreads = 1u << 29;
+
+Mask guarded_lanes(Warp& warp, const Instruction& instruction) {
+  if (!instruction.is_guarded) return kAllLanes;
+  const bool* predicate = warp.reg<bool>(instruction.guard);
+  Mask lanes = 0;
+  for (int i = 0; i < kWarpSize; ++i) lanes |= Mask{predicate[i] != instruction.is_negated} << i;
+  return lanes;
+}
+
+int first_lane(Mask lanes) { return __builtin_ctz(lanes); }
+
+}  // namespace
+
+uint32_t Warp::thread_id(int lane) const { return block->first_thread + index * kWarpSize + lane; }
+
+std::string Warp::name(int lane) const {
+  const Dim3 t = block->launch->dim.at(index * kWarpSize + lane), b = block->launch->grid.at(block->index);
+  const auto text = [](Dim3 d) {
+    return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
+  };
+  return "thread " + text(t) + " of block " + text(b);
+}
+
+std::string place(const Launch&, uint32_t pc) { return "{@" + std::to_string(pc) + "}"; }
+
+void fault(const Warp& warp, int lane, const std::string& message) {
+  const Launch& launch = *warp.block->launch;
+  std::string where = launch.current ? ", " + place(launch, launch.current - launch.program.code.data()) : "";
+  throw Fault(message + " [" + warp.name(lane) + where + "]");
+}
+
+void Launch::run() {
+  if (!grid.count()) return;
+  if (!dim.count() || dim.count() > 1024 || dim.z > 64) throw Fault("launch of " + std::to_string(dim.count()) + " threads a block");
+  if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF) throw Fault("launch of too large a grid");
+  if (grid.count() * dim.count() > kMostThreads) throw Fault("launch of more threads than the emulator can name");
+  begin_launch();
+  start_time = ++now;
+  random.seed(static_cast<uint32_t>(options.seed * 2654435761u + 1));
+  random.discard(8);
+
+  const uint32_t num_blocks = static_cast<uint32_t>(grid.count());
+  block_order.resize(num_blocks);
+  for (uint32_t i = 0; i < num_blocks; ++i) block_order[i] = options.order == 1 ? num_blocks - 1 - i : i;
+  if (options.order == 2) std::shuffle(block_order.begin(), block_order.end(), random);
+
+  blocks.resize(std::min<uint32_t>(std::max(options.resident, 1), num_blocks));
+  for (Block& block : blocks) start(block);
+  while (!ready.empty()) {
+    size_t next = options.order == 0 ? 0 : ready.size() - 1;
+    if (options.order == 2) next = random() % ready.size();
+    Warp& warp = *ready[next];
+    ready.erase(ready.begin() + next);
+    run_slice(warp);
+    if (warp.block->num_exited == dim.count() && num_started < num_blocks) start(*warp.block);
+  }
+}
+
+// Let the block's place be taken by the next block of the grid.
+void Launch::start(Block& block) {
+  const uint32_t num_threads = static_cast<uint32_t>(dim.count());
+  const uint32_t num_warps = (num_threads + kWarpSize - 1) / kWarpSize;
+  block.launch = this;
+  block.index = block_order[num_started++];
+  block.first_thread = block.index * num_threads;
+  block.synced = now;
+  block.acquired.clear();
+  block.num_at_barrier = block.num_exited = 0;
+  constexpr size_t kAlignment = 1024;
+  block.shared_memory.assign(shared_bytes + kAlignment, std::byte{0xFF});
+  const uintptr_t memory = reinterpret_cast<uintptr_t>(block.shared_memory.data());
+  block.shared = block.shared_memory.data() + (kAlignment - memory % kAlignment) % kAlignment;
+  block.granules.assign((shared_bytes >> program.shared_granule) + 1, Block::kUninitialised);
+  block.cells.assign(block.granules.size(), Cell{});
+
+  const bool is_fresh = block.warps.empty();
+  block.warps.resize(num_warps);
+  const Dim3 index = grid.at(block.index);
+  for (uint32_t w = 0; w < num_warps; ++w) {
+    Warp& warp = block.warps[w];
+    const uint32_t first = w * kWarpSize, size = std::min<uint32_t>(kWarpSize, num_threads - first);
+    warp.block = &block;
+    warp.index = static_cast<int>(w);
+    warp.exists = size == kWarpSize ? kAllLanes : (1u << size) - 1;
+    warp.groups.assign(1, Group{0, warp.exists, Group::kReady});
+    warp.synced = now;
+    warp.pair_synced.clear();
+    warp.copies.clear();
+    std::fill_n(warp.copy_group, kWarpSize, 0);
+    warp.local.assign(program.local_bytes * kWarpSize, std::byte{0xFF});
+    for (int i = 0; i < kWarpSize; ++i) {
+      warp.fence[i] = {};
+      warp.observed[i].clear();
+    }
+    if (is_fresh) {
+      warp.register_file.assign(program.register_bytes + 64, std::byte{0});
+      const uintptr_t file = reinterpret_cast<uintptr_t>(warp.register_file.data());
+      warp.registers = warp.register_file.data() + (64 - file % 64) % 64;
+      std::copy(program.constants.begin(), program.constants.end(), warp.registers);
+    }
+    uint32_t* special = warp.reg<uint32_t>(0);  // in the order of SPECIAL_REGISTERS of lowering.py
+    const auto set = [&](const auto& value_of_lane) {
+      for (int i = 0; i < kWarpSize; ++i) *special++ = value_of_lane(i);
+    };
+    const auto set_all = [&](uint32_t value) { set([&](int) { return value; }); };
+    const auto thread = [&](int lane) { return dim.at(first + lane); };
+    set([&](int i) { return thread(i).x; });
+    set([&](int i) { return thread(i).y; });
+    set([&](int i) { return thread(i).z; });
+    for (const Dim3& d : {dim, index, grid})
+      for (uint32_t value : {d.x, d.y, d.z}) set_all(value);
+    set([](int i) { return i; });
+    set_all(w);
+    set([](int i) { return 1u << i; });
+    set([](int i) { return (1u << i) - 1; });
+    ready.push_back(&warp);
+  }
+}
+
+// Run the warp until all its threads wait or have exited, or until another warp's turn comes.
+void Launch::run_slice(Warp& warp) {
+  int64_t budget = options.preempt > 0 ? 1 + random() % (2 * options.preempt) : kLongestSlice;
+  num_instructions += budget;
+  if (num_instructions > kMostInstructions) fault(warp, 0, "the kernel does not end");
+  while (!warp.groups.empty()) {
+    // groups that stand at the same instruction go on together
+    for (size_t i = 0; i < warp.groups.size(); ++i)
+      for (size_t j = warp.groups.size() - 1; j > i; --j)
+        if (warp.groups[i].pc == warp.groups[j].pc && warp.groups[i].state != Group::kAtBarrier && warp.groups[j].state != Group::kAtBarrier) {
+          warp.groups[i].lanes |= warp.groups[j].lanes;
+          warp.groups[i].state = Group::kReady;
+          warp.groups.erase(warp.groups.begin() + j);
+        }
+    // the one furthest behind goes first, so that they meet again; sometimes another one, which it may wait for
+    size_t next = warp.groups.size();
+    const bool at_random = warp.groups.size() > 1 && random() % 8 == 0;
+    uint32_t num_ready = 0;
+    for (size_t i = 0; i < warp.groups.size(); ++i) {
+      if (warp.groups[i].state != Group::kReady) continue;
+      ++num_ready;
+      if (next == warp.groups.size() || (at_random ? random() % num_ready == 0 : warp.groups[i].pc < warp.groups[next].pc)) next = i;
+    }
+    if (next == warp.groups.size()) {
+      for (const Group& group : warp.groups)
+        if (group.state == Group::kAtCollective) {
+          current = &program.code[group.pc];
+          std::string others;
+          for (const Group& other : warp.groups)
+            if (&other != &group) others += " " + warp.name(first_lane(other.lanes)) + " waits at " + place(*this, other.pc) + ";";
+          fault(warp, first_lane(group.lanes), "warp divergence: a warp operation waits for lanes that are elsewhere;" + others);
+        }
+      break;  // all at the barrier
+    }
+    run_group(warp, next, budget);
+    const bool can_go_on = std::any_of(warp.groups.begin(), warp.groups.end(),
+                                       [](const Group& g) { return g.state == Group::kReady; });
+    if (budget <= 0 && can_go_on) {
+      ready.push_back(&warp);
+      return;
+    }
+  }
+  num_instructions -= std::max<int64_t>(budget, 0);
+}
+
+// Run a group until it waits, ends, splits, might meet another group, or the budget is spent.
+void Launch::run_group(Warp& warp, size_t index, int64_t& budget) {
+  const Instruction* const code = program.code.data();
+  const bool is_alone = warp.groups.size() == 1;
+  const Mask lanes = warp.groups[index].lanes;
+  uint32_t& pc = warp.groups[index].pc;
+  for (bool is_first = true;; is_first = false) {
+    if (budget <= 0 || (!is_first && !is_alone && program.is_label[pc])) return;
+    --budget;
+    const Instruction& instruction = code[pc];
+    current = &instruction;
+    const Mask active = lanes & guarded_lanes(warp, instruction);
+    if (instruction.control == Control::kNone) {
+      if (active) instruction.run(warp, instruction, active);
+      ++pc;
+      continue;
+    }
+    if (!active) {
+      ++pc;
+      continue;
+    }
+    const bool is_split = active != lanes;
+    if (is_split) {  // those whose guard is false go on by themselves
+      warp.groups[index].lanes = active;
+      warp.groups.push_back({pc + 1, lanes & ~active, Group::kReady});  // `pc` is no longer valid
+    }
+    switch (instruction.control) {
+      case Control::kBranch: warp.groups[index].pc = static_cast<uint32_t>(instruction.immediate); break;
+      case Control::kExit: return exit(warp, index);
+      case Control::kBarrier: return arrive_barrier(warp, index);
+      case Control::kCollective:
+        if (!arrive_collective(warp, index)) return;
+        break;
+      case Control::kNone: break;
+    }
+    if (is_split) return;
+  }
+}
+
+// Run a warp operation for the lanes whose partners are all here; the others wait. True if none has to.
+bool Launch::arrive_collective(Warp& warp, size_t index) {
+  Group& group = warp.groups[index];
+  const Instruction& instruction = program.code[group.pc];
+  Mask existing = 0;
+  for (const Group& other : warp.groups) existing |= other.lanes;
+  Mask complete = 0;
+  for (Mask rest = group.lanes; rest;) {
+    const int lane = first_lane(rest);
+    Mask members = kAllLanes, same = group.lanes;
+    if (instruction.member_mask >= 0) {
+      const uint32_t* masks = warp.reg<uint32_t>(instruction.operands[instruction.member_mask]);
+      members = masks[lane];
+      same = 0;
+      for (Mask m = group.lanes; m; m &= m - 1)
+        if (masks[first_lane(m)] == members) same |= 1u << first_lane(m);
+    }
+    if (!(members >> lane & 1)) fault(warp, lane, "warp operation: the calling lane is not in its own mask");
+    if (members & ~warp.exists) fault(warp, lane, "warp operation: the mask names lanes that the warp does not have");
+    if (members & ~existing)
+      fault(warp, lane, "warp operation: it waits for " + warp.name(first_lane(members & ~existing)) + ", which has exited");
+    if (members & group.lanes & ~same)
+      fault(warp, lane, "warp operation: lanes of one mask come with different masks");
+    if ((members & ~group.lanes) == 0) {
+      instruction.run(warp, instruction, members);
+      complete |= members;
+    }
+    rest &= ~same;
+  }
+  if (complete == group.lanes) {
+    ++group.pc;
+    return true;
+  }
+  const uint32_t next = group.pc + 1;
+  group.lanes &= ~complete;
+  group.state = Group::kAtCollective;
+  if (complete) warp.groups.push_back({next, complete, Group::kReady});
+  return false;
+}
+
+void Launch::arrive_barrier(Warp& warp, size_t index) {
+  Group& group = warp.groups[index];
+  Block& block = *warp.block;
+  const int lane = first_lane(group.lanes);
+  if (block.num_exited) fault(warp, lane, "barrier divergence: a thread waits at a barrier, others of its block have exited");
+  if (block.num_at_barrier && block.barrier_pc != group.pc)
+    fault(warp, lane, "barrier divergence: other threads of the block wait at another barrier, " + place(*this, block.barrier_pc));
+  group.state = Group::kAtBarrier;
+  block.barrier_pc = group.pc;
+  block.num_at_barrier += __builtin_popcount(group.lanes);
+  if (block.num_at_barrier < dim.count()) return;
+  block.num_at_barrier = 0;
+  block.synced = ++now;
+  for (Warp& other : block.warps) {
+    for (Group& waiting : other.groups) {
+      waiting.state = Group::kReady;
+      ++waiting.pc;
+    }
+    if (&other != &warp) ready.push_back(&other);
+  }
+}
+
+void Launch::exit(Warp& warp, size_t index) {
+  Block& block = *warp.block;
+  const Mask lanes = warp.groups[index].lanes;
+  if (block.num_at_barrier)
+    fault(warp, first_lane(lanes), "barrier divergence: a thread exits, others of its block wait at a barrier, " + place(*this, block.barrier_pc));
+  block.num_exited += __builtin_popcount(lanes);
+  warp.groups.erase(warp.groups.begin() + index);
+}
+
+}  // namespace simt

@@ -113,7 +113,7 @@ struct Int8Cache {
 
   void set_query(int q, const float* x, int width) {
     query_scales[q] =
-        split_digits(x, width, width, kDigits, queries[q][0], kMaxHeadDim, query_offsets[q]);
+        split_digits<kDigits>(x, width, width, queries[q][0], kMaxHeadDim, query_offsets[q]);
     for (int d = 0; d < kDigits; ++d) query_offsets[q][d] *= -128;
   }
 
@@ -163,8 +163,8 @@ struct Int8Cache {
       store(scaled + column, keep_lanes(load(x + column) * scale, tile.first_key[q] - key,
                                         tile.last_key[q] - key, 0.0f));
     }
-    weight_scales[q] = split_digits(scaled + first, keys, keys, kDigits, weights[q][0] + first,
-                                    kChunkKeys, weight_offsets[q]);
+    weight_scales[q] = split_digits<kDigits>(scaled + first, keys, keys, weights[q][0] + first,
+                                             kChunkKeys, weight_offsets[q]);
     for (int d = 0; d < kDigits; ++d) weight_offsets[q][d] *= -128;
   }
 
@@ -351,7 +351,7 @@ static float to_bytes(const float* x, int head_dim, uint8_t* bytes) {
   for (int d = head_dim; d < width; ++d) padded[d] = 0;
   int32_t sum;
   const float scale =
-      split_digits(padded, width, width, 1, reinterpret_cast<int8_t*>(bytes), kMaxHeadDim, &sum);
+      split_digits<1>(padded, width, width, reinterpret_cast<int8_t*>(bytes), kMaxHeadDim, &sum);
   for (int d = 0; d < width; ++d) bytes[d] ^= 0x80;
   return scale;
 }

@@ -319,10 +319,11 @@ static int64_t activation_row_bytes(const Matrix& w) {
 // bits; an integer is 1 to 3 balanced digits of base 256, each in [-128, 127], the highest first,
 // in rows of `stride`. `sums` gets the sum of each digit. The scale is NaN where an input is NaN or
 // infinite.
-static float split_digits(const float* x, int64_t filled, int64_t n, int num_digits, int8_t* digits,
-                          int64_t stride, int32_t* sums) {
+template <int kDigits>
+static float split_digits(const float* x, int64_t filled, int64_t n, int8_t* digits, int64_t stride,
+                          int32_t* sums) {
   constexpr float kLargest[] = {127.0f, 32639.0f, 8355000.0f};  // what such digits can express
-  const float largest_integer = kLargest[num_digits - 1];
+  constexpr float largest_integer = kLargest[kDigits - 1];
   Vec largest = zero(), probe = zero();
   for (int64_t i = 0; i < filled; i += kLanes) {
     const Vec v = load(x + i);
@@ -336,20 +337,22 @@ static float split_digits(const float* x, int64_t filled, int64_t n, int num_dig
     inverse = 3e38f;
     scale = 1.0f / inverse;
   }
-  IVec totals[3] = {broadcast_i32(0), broadcast_i32(0), broadcast_i32(0)};
+  IVec totals[kDigits];
+  for (IVec& total : totals) total = broadcast_i32(0);
   for (int64_t i = 0; i < n; i += kLanes) {
     IVec q = i < filled ? round_to_int(load(x + i) * broadcast(inverse)) : broadcast_i32(0);
-    for (int d = num_digits - 1; d >= 0; --d) {
+    for (int d = kDigits - 1; d >= 0; --d) {
       const IVec digit = shift_right<24>(shift_left<24>(q));
       store_i8(digits + d * stride + i, digit);
       totals[d] = totals[d] + digit;
       q = shift_right<8>(q - digit);
     }
   }
-  for (int d = 0; d < num_digits; ++d) sums[d] = reduce_add(totals[d]);
+  for (int d = 0; d < kDigits; ++d) sums[d] = reduce_add(totals[d]);
   return scale + reduce_add(probe);
 }
 
+template <int kDigits>
 static void quantize_row(const float* x, const Matrix& w, const Activations& a, int64_t row) {
   const int64_t padded_k = w.padded_k(), groups = w.groups();
   const int64_t group = w.group == 0 ? padded_k : w.group, given = round_up(w.k, kLanes);
@@ -358,12 +361,12 @@ static void quantize_row(const float* x, const Matrix& w, const Activations& a, 
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * group;
     const int64_t filled = given - first < group ? (given > first ? given - first : 0) : group;
-    int32_t sums[3];
+    int32_t sums[kDigits];
     const float scale =
-        split_digits(x + first, filled, group, w.digits, digits + first, padded_k, sums);
+        split_digits<kDigits>(x + first, filled, group, digits + first, padded_k, sums);
     double total = 0;
-    for (int d = 0; d < w.digits; ++d) {
-      a.offsets[(row * groups + g) * w.digits + d] = -zero_point * sums[d];
+    for (int d = 0; d < kDigits; ++d) {
+      a.offsets[(row * groups + g) * kDigits + d] = -zero_point * sums[d];
       total = total * 256 + sums[d];
     }
     a.scales[row * groups + g] = scale;
@@ -375,7 +378,11 @@ static void convert_row(const float* x, const Matrix& w, const Activations& a, i
   const int64_t padded_k = w.padded_k();
   uint8_t* out = a.rows + row * a.row_bytes;
   if (w.kind == WeightKind::kInt8 || w.kind == WeightKind::kInt4) {
-    quantize_row(x, w, a, row);
+    if (w.digits == 3) {
+      quantize_row<3>(x, w, a, row);
+    } else {
+      quantize_row<1>(x, w, a, row);
+    }
   } else if (w.kind == WeightKind::kBf16 && sizeof(Bf16Activation) == 2) {
     for (int64_t i = 0; i < padded_k; i += kLanes) {
       store_bf16(reinterpret_cast<uint16_t*>(out) + i, load(x + i));

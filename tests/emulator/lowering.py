@@ -355,7 +355,7 @@ class _Lowering:
             self.emit("add.u32", [place, base, self.file.constant(destination.offset % (1 << 32), 4)])
         else:
             place = self.value(destination.base, "b32")
-        self.narrow("shared", int(width))
+        self.narrow("shared", int(width, 0))
         places = [place, self.value(source.base, "b64"), self.value(width, "b32")]
         places.append(self.value(source_bytes[0] if source_bytes else width, "b32"))
         return self.emit("cp.async", places, source.offset)

@@ -12,8 +12,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from .triton_adamw import adamw_step
 from .triton_embedding import embedding
 from .triton_layer_norm import add_layer_norm, layer_norm
+from .triton_linear import linear
 from .triton_linear_cross_entropy import linear_cross_entropy
+from .triton_mlp import mlp
 from .triton_rms_norm import add_rms_norm, rms_norm
+from .triton_rotary import rotary, rotary_qkv
+from .triton_sampling import sample
 
 __all__: list[str] = [
     "adamw_step",
@@ -21,6 +25,11 @@ __all__: list[str] = [
     "add_rms_norm",
     "embedding",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
+    "mlp",
     "rms_norm",
+    "rotary",
+    "rotary_qkv",
+    "sample",
 ]

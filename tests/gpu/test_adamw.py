@@ -70,10 +70,8 @@ def test_step(kind, seed, device):
     check_step(make(kind, SHAPES, device))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_gradients_are_scaled_by_a_tensor(dtype, device):
-    scale = torch.tensor(0.037, device=device)
-    check_step(make((dtype, dtype, False), SHAPES[:7], device), grad_scale=scale)
+def test_gradients_are_scaled_by_a_tensor(device):
+    check_step(make(KINDS["fp32"], SHAPES[:7], device), grad_scale=torch.tensor(0.037).to(device))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -122,7 +120,7 @@ def test_unaligned_tensors(device):
 
 def test_opcheck(device):
     lists = make(KINDS["bf16 with masters"], SHAPES[:3], device)
-    arguments = (3, 0.01, 0.9, 0.95, 1e-8, 0.1, torch.tensor(0.5, device=device))
+    arguments = (3, 0.01, 0.9, 0.95, 1e-8, 0.1, None)
     torch.library.opcheck(torch.ops.leangpt_triton.adamw_step, (*lists.values(), *arguments))
 
 

@@ -95,11 +95,15 @@ class Block(nn.Module):
         B, T, _ = x.shape
         H, H_kv, D = self.config.n_head, self.config.kv_heads, self.config.head_size
         qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(B, T, H + 2 * H_kv, D)
-        q, k, v = qkv.split((H, H_kv, H_kv), dim=2)  # (B, T, H or H_kv, D)
+        # (B, T, H or H_kv, D)
+        if rope is not None and self.q_norm is None:
+            q, k, v = ops.rotary_qkv(qkv, *rope, H_kv)
+        else:
+            q, k, v = qkv.split((H, H_kv, H_kv), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
+            if rope is not None:
+                q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
         out = attend(self.layer, q, k, v)
         return ops.linear(out.flatten(2), self.attn_out.weight, self.attn_out.bias)
 

@@ -131,6 +131,15 @@ def add_rms_norm(
     return backend.add_rms_norm(x, residual, weight, eps, dropout_p)
 
 
+def _check_angles(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    B, T, _, D = x.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if D % 2 or tuple(table.shape) not in ((B, T, D // 2), (1, T, D // 2)):
+            raise ValueError(
+                f"{op}: {name} must be ({B} or 1, {T}, {D} / 2), got {tuple(table.shape)}"
+            )
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: each pair `(x[i], x[i + D/2])` is turned by the angle of its position.
 
@@ -149,13 +158,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Reference: Su et al., 2021, https://arxiv.org/abs/2104.09864
     """
-    B, T, _, D = x.shape
-    for name, table in (("cos", cos), ("sin", sin)):
-        if D % 2 or tuple(table.shape) not in ((B, T, D // 2), (1, T, D // 2)):
-            raise ValueError(
-                f"rotary: {name} must be ({B} or 1, {T}, {D} / 2), got {tuple(table.shape)}"
-            )
+    _check_angles("rotary", x, cos, sin)
     return select("rotary", x).rotary(x, cos, sin)
+
+
+def rotary_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values out of a packed projection, queries and keys turned by the angles of their positions.
+
+    `(rotary(q), rotary(k), v)` with `q, k, v = qkv.split((H, H_kv, H_kv), dim=2)`, so that qkv need not be kept.
+
+    Args:
+        qkv: `(B, T, H + 2 H_kv, D)`, D even.
+        cos, sin: as `rotary`.
+        num_kv_heads: H_kv.
+
+    Returns:
+        `(B, T, H, D)`, `(B, T, H_kv, D)` and `(B, T, H_kv, D)`; the last may be a view of `qkv`.
+
+    Raises:
+        ValueError: D is odd, `cos` or `sin` does not fit `qkv`, or `qkv` has not that many heads.
+    """
+    _check_angles("rotary_qkv", qkv, cos, sin)
+    if qkv.shape[2] <= 2 * num_kv_heads:
+        raise ValueError(
+            f"rotary_qkv: qkv must have more than 2 * {num_kv_heads} heads, got {qkv.shape[2]}"
+        )
+    return select("rotary_qkv", qkv).rotary_qkv(qkv, cos, sin, num_kv_heads)
 
 
 def attention(

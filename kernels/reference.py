@@ -57,6 +57,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def rotary_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_heads = qkv.shape[2] - 2 * num_kv_heads
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return rotary(q, cos, sin), rotary(k, cos, sin), v
+
+
 def attention(
     q: Tensor,
     k: Tensor,

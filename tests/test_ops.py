@@ -128,6 +128,16 @@ def test_rotary_on_a_view_of_packed_qkv():
     )
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+def test_rotary_of_packed_qkv(heads):
+    H, H_kv = heads
+    qkv, angles = randn(2, 5, H + 2 * H_kv, 8), randn(2, 5, 4)
+    q, k, v = ops.rotary_qkv(qkv, angles.cos(), angles.sin(), H_kv)
+    turned = ops.rotary(qkv, angles.cos(), angles.sin())
+    torch.testing.assert_close(torch.cat((q, k), 2), turned[:, :, :-H_kv])
+    assert v.shape[2] == H_kv and torch.equal(v, qkv[:, :, H + H_kv :])
+
+
 ATTENTION_CASES = [  # B, T, S, H, H_kv, D, window
     (1, 1, 1, 1, 1, 16, None),
     (2, 7, 7, 2, 2, 16, None),
@@ -281,6 +291,14 @@ INVALID = {
     "residual": (lambda: ops.add_rms_norm(T(2, 8), T(2, 9), T(8)), r"residual must be \(2, 8\)"),
     "rotary": (lambda: ops.rotary(T(2, 3, 1, 8), T(1, 4, 4), T(1, 4, 4)), "rotary: cos must be"),
     "odd rotary": (lambda: ops.rotary(T(2, 3, 1, 7), T(1, 3, 3), T(1, 3, 3)), "rotary: cos must be"),
+    "rotary_qkv angles": (
+        lambda: ops.rotary_qkv(T(2, 3, 3, 8), T(2, 3, 4), T(1, 4, 4), 1),
+        "rotary_qkv: sin must be",
+    ),
+    "rotary_qkv heads": (
+        lambda: ops.rotary_qkv(T(2, 3, 4, 8), T(1, 3, 4), T(1, 3, 4), 2),
+        "rotary_qkv: qkv must have",
+    ),
     "no key for a query": (lambda: ops.attention(T(1, 3, 1, 4), T(1, 2, 1, 4), T(1, 2, 1, 4)), "a key for each"),
     "key heads": (lambda: ops.attention(T(1, 3, 3, 4), T(1, 3, 2, 4), T(1, 3, 2, 4)), "multiple of 2 key heads"),
     "values": (lambda: ops.attention(T(1, 3, 2, 4), T(1, 3, 2, 4), T(1, 4, 2, 4)), r"v must be \(1, 3, 2, 4\)"),

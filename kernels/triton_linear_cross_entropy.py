@@ -30,7 +30,7 @@ from torch import Tensor
 LOGITS_BYTES = 256 * 2**20  # enough rows to fill a GPU with tiles of each product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_vocab", "ignore_index"])
 def _cross_entropy_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr,
     n_vocab, stride_logits, ignore_index, label_smoothing, z_loss,
@@ -85,7 +85,7 @@ def _cross_entropy_kernel(
             tl.store(logits_ptr + v, dlogits, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_vocab"])
 def _add_weight_gradient_kernel(
     dlogits_ptr, hidden_ptr, dweight_ptr,
     n_rows, n_vocab, n_embd, stride_dlogits, stride_hidden_row, stride_hidden_col,
@@ -98,7 +98,7 @@ def _add_weight_gradient_kernel(
     v = tl.program_id(0) // num_tiles_c * BLOCK_V + tl.arange(0, BLOCK_V)
     c = tl.program_id(0) % num_tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
-    dlogits_ptrs = dlogits_ptr + n[:, None].to(tl.int64) * stride_dlogits + v[None, :]
+    dlogits_ptrs = dlogits_ptr + v[:, None] + n[None, :].to(tl.int64) * stride_dlogits
     hidden_ptrs = (
         hidden_ptr
         + n[:, None].to(tl.int64) * stride_hidden_row
@@ -107,11 +107,12 @@ def _add_weight_gradient_kernel(
 
     acc = tl.zeros((BLOCK_V, BLOCK_C), dtype=tl.float32)
     for start in range(0, n_rows, BLOCK_N):
-        is_row = start + n[:, None] < n_rows
+        is_row = start + n < n_rows
         # masked by the padded width, see above; the columns beyond the vocabulary are zeros
-        dlogits = tl.load(dlogits_ptrs, mask=is_row & (v[None, :] < stride_dlogits), other=0.0)
-        hidden = tl.load(hidden_ptrs, mask=is_row & (c[None, :] < n_embd), other=0.0)
-        acc = tl.dot(tl.trans(dlogits), hidden, acc, input_precision=INPUT_PRECISION)
+        mask = (v[:, None] < stride_dlogits) & is_row[None, :]
+        dlogits = tl.load(dlogits_ptrs, mask=mask, other=0.0)
+        hidden = tl.load(hidden_ptrs, mask=is_row[:, None] & (c[None, :] < n_embd), other=0.0)
+        acc = tl.dot(dlogits, hidden, acc, input_precision=INPUT_PRECISION)
         dlogits_ptrs += BLOCK_N * stride_dlogits
         hidden_ptrs += BLOCK_N * stride_hidden_row
 
@@ -131,17 +132,12 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, numel, BLOCK: tl.constexpr):
 
 def _add_weight_gradient(dlogits: Tensor, hidden: Tensor, dweight: Tensor, is_first: bool) -> None:
     n_vocab, n_embd = dweight.shape
-    if hidden.dtype == torch.float32:
-        allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-        precision, block_v, block_c, block_n, num_warps = (
-            "tf32" if allow_tf32 else "ieee",
-            64,
-            64,
-            16,
-            4,
-        )
-    else:
-        precision, block_v, block_c, block_n, num_warps = "ieee", 128, 128, 64, 8
+    precision, block_v, block_c, block_n, num_warps = "ieee", 128, 128, 64, 8
+    if (
+        hidden.dtype == torch.float32
+    ):  # most products on the ordinary units: what fits their registers
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        block_v, block_c, block_n, num_warps = 64, 64, 32, 4
     # not autotuned: trial runs would add to dweight too
     _add_weight_gradient_kernel[(triton.cdiv(n_vocab, block_v) * triton.cdiv(n_embd, block_c),)](
         dlogits, hidden, dweight,

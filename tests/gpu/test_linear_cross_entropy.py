@@ -3,12 +3,13 @@
 import pytest
 import torch
 from helpers import check_op
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leangpt.kernels import ops, triton_linear_cross_entropy, use_backend
 
-HALF = [torch.bfloat16, torch.float16]
-DTYPES = [torch.float32, *HALF]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORED = -100
 
 
@@ -23,9 +24,9 @@ def make_inputs(N, C, V, dtype, device, seed=0):
     return hidden, weight, targets.to(device)
 
 
-def check(hidden, weight, targets, **settings):
+def check(hidden, weight, targets, **options):
     check_op(
-        lambda h, w: ops.linear_cross_entropy(h, w, targets, **settings), [hidden, weight], "triton"
+        lambda h, w: ops.linear_cross_entropy(h, w, targets, **options), [hidden, weight], "triton"
     )
 
 
@@ -35,72 +36,83 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(triton_linear_cross_entropy, "LOGITS_BYTES", 0)
 
 
-SHAPES = [(1, 1, 1), (3, 40, 7), (5, 16, 17), (2, 33, 1024), (67, 64, 1031), (6, 24, 4099)]
+SHAPES = [(1, 1, 1), (2, 33, 1024), (6, 33, 4099), (130, 131, 129)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, device):
+    for seed in (1, 2):
+        check(*make_inputs(*shape, torch.bfloat16, device, seed))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values(shape, dtype, device):
-    for seed, reduction in ((1, "mean"), (2, "none")):
-        hidden, weight, targets = make_inputs(*shape, dtype, device, seed)
-        check(hidden, weight, targets, reduction=reduction)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_values(reduction, dtype, device, small_chunks):
+    """One chunk and two, a whole row in one tile."""
+    for seed, N, V in ((1, 3, 7), (2, 129, 37)):
+        check(*make_inputs(N, 48, V, dtype, device, seed), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_several_tiles(dtype, device):
+    check(*make_inputs(67, 48, 1031, dtype, device))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-3)])
 def test_settings(reduction, smoothing, z_loss, device):
-    hidden, weight, targets = make_inputs(9, 16, 47, torch.bfloat16, device)
+    hidden, weight, targets = make_inputs(9, 48, 47, torch.bfloat16, device)
     targets[targets == IGNORED] = 46
     targets[3:5] = 2
-    settings = dict(reduction=reduction, label_smoothing=smoothing, z_loss=z_loss)
-    check(hidden, weight, targets, ignore_index=2, **settings)
+    options = {"reduction": reduction, "label_smoothing": smoothing, "z_loss": z_loss}
+    check(hidden, weight, targets, ignore_index=2, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N", [128, 129, 300])
-def test_chunks(N, dtype, device, small_chunks):
-    for reduction in ("mean", "none"):
-        hidden, weight, targets = make_inputs(N, 16, 37, dtype, device)
-        check(hidden, weight, targets, reduction=reduction)
-
-
-def test_chunks_give_what_one_chunk_gives(device, monkeypatch):
-    hidden, weight, targets = make_inputs(300, 16, 37, torch.bfloat16, device)
-    results = []
-    for limit in (2**20, 0):
-        monkeypatch.setattr(triton_linear_cross_entropy, "LOGITS_BYTES", limit)
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with use_backend("triton"):
-            loss = ops.linear_cross_entropy(*leaves, targets)
-        results.append((loss, *torch.autograd.grad(loss, leaves)))
-    for one, many in zip(*results, strict=True):
-        torch.testing.assert_close(one, many, rtol=torch.finfo(one.dtype).eps, atol=1e-6)
+@settings(
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    N=st.integers(1, 300),
+    V=st.integers(1, 90),
+    smoothing=st.floats(0, 1, width=32),
+    z_loss=st.floats(0, 0.125, width=32),
+    seed=st.integers(0, 9),
+)
+def test_drawn(device, small_chunks, N, V, smoothing, z_loss, seed):
+    inputs = make_inputs(N, 48, V, torch.bfloat16, device, seed)
+    check(*inputs, label_smoothing=smoothing, z_loss=z_loss)
 
 
 def test_strides_and_shapes(device):
-    hidden, weight, _ = make_inputs(48, 40, 33, torch.bfloat16, device)
+    hidden, weight, _ = make_inputs(48, 48, 33, torch.bfloat16, device)
     targets = torch.arange(24, device=device).view(4, 6).t()
-    check(hidden.view(6, 8, 40)[:, ::2], weight, targets)
-    check(hidden.t().reshape(8, 5, 48)[..., :33].transpose(1, 2)[:6, :4], weight[:, :5], targets)
-    check(hidden[:24].view(6, 4, 40), weight.t().contiguous().t(), targets)
-    check(hidden[0].expand(6, 4, 40), weight, targets, reduction="none")
+    check(hidden.view(6, 8, 48)[:, ::2], weight, targets)
+    check(hidden.t().reshape(8, 6, 48)[..., :33].transpose(1, 2)[:6, :4], weight[:, :6], targets)
+    check(hidden[:24].view(6, 4, 48), weight.t().contiguous().t(), targets)
+    check(hidden[0].expand(6, 4, 48), weight, targets, reduction="none")
 
 
-def test_one_gradient_alone(device):
-    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
-    for reduction in ("mean", "none"):
-        settings = dict(targets=targets, reduction=reduction)
-        check_op(
-            lambda h: ops.linear_cross_entropy(h, weight.to(h), **settings), [hidden], "triton"
-        )
-        check_op(
-            lambda w: ops.linear_cross_entropy(hidden.to(w), w, **settings), [weight], "triton"
-        )
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_gradient_alone(reduction, device):
+    hidden, weight, targets = make_inputs(5, 48, 7, torch.bfloat16, device)
+
+    def of_hidden(hidden):
+        return ops.linear_cross_entropy(hidden, weight.to(hidden), targets, reduction=reduction)
+
+    def of_weight(weight):
+        return ops.linear_cross_entropy(hidden.to(weight), weight, targets, reduction=reduction)
+
+    check_op(of_hidden, [hidden], "triton")
+    check_op(of_weight, [weight], "triton")
 
 
 def test_no_gradient_work_without_need(device, monkeypatch):
     monkeypatch.delattr(triton_linear_cross_entropy, "_add_weight_gradient_kernel")
-    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
+    hidden, weight, targets = make_inputs(5, 48, 7, torch.bfloat16, device)
     for reduction in ("mean", "sum", "none"):
         with use_backend("triton"), torch.no_grad():
             ops.linear_cross_entropy(hidden, weight.requires_grad_(), targets, reduction=reduction)
@@ -109,7 +121,7 @@ def test_no_gradient_work_without_need(device, monkeypatch):
 
 def test_upstream_gradient_and_second_backward(device):
     """Gradients are scaled, not overwritten: a second backward pass gives them again."""
-    hidden, weight, targets = make_inputs(5, 16, 7, torch.float32, device)
+    hidden, weight, targets = make_inputs(5, 48, 7, torch.float32, device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     with use_backend("triton"):
         loss = ops.linear_cross_entropy(*leaves, targets)
@@ -119,27 +131,10 @@ def test_upstream_gradient_and_second_backward(device):
         assert torch.equal(four, 4 * one)
 
 
-def test_fp16_gradients_of_many_rows_do_not_underflow(device):
-    """A loss scaled as mixed precision does it: gradients of a row are 2**-24, less than fp16 has."""
-    hidden, weight, targets = make_inputs(3, 16, 7, torch.float16, device)
-    targets[:] = 1
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-    scale = 2.0**-20
-    with use_backend("triton"):
-        loss = ops.linear_cross_entropy(*leaves, targets, reduction="sum")
-    small = (loss * scale) * (1 / scale)
-    for scaled, plain in zip(
-        torch.autograd.grad(small, leaves, retain_graph=True),
-        torch.autograd.grad(loss, leaves),
-        strict=True,
-    ):
-        assert torch.equal(scaled, plain)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_counts(reduction, device):
     for N in (0, 3):
-        hidden, weight, _ = make_inputs(max(N, 1), 16, 7, torch.bfloat16, device)
+        hidden, weight, _ = make_inputs(max(N, 1), 48, 7, torch.bfloat16, device)
         leaves = hidden[:N].requires_grad_(), weight.requires_grad_()
         targets = torch.full((N,), IGNORED, device=device)
         with use_backend("triton"):
@@ -155,7 +150,7 @@ def test_nothing_counts(reduction, device):
 
 
 def test_out_of_range_target_is_nan(device):
-    hidden, weight, _ = make_inputs(4, 16, 7, torch.bfloat16, device)
+    hidden, weight, _ = make_inputs(4, 48, 7, torch.bfloat16, device)
     targets = torch.tensor([0, 7, -1, 2**40], device=device)
     with use_backend("triton"):
         losses = ops.linear_cross_entropy(hidden, weight, targets, reduction="none")
@@ -163,7 +158,7 @@ def test_out_of_range_target_is_nan(device):
 
 
 def test_deterministic(device):
-    hidden, weight, targets = make_inputs(67, 16, 37, torch.bfloat16, device)
+    hidden, weight, targets = make_inputs(67, 48, 37, torch.bfloat16, device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     with use_backend("triton"):
         runs = [ops.linear_cross_entropy(*leaves, targets) for _ in range(2)]
@@ -173,18 +168,18 @@ def test_deterministic(device):
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_opcheck(needs, device):
-    hidden, weight, targets = make_inputs(5, 16, 7, torch.float32, device)
+    hidden, weight, targets = make_inputs(5, 48, 7, torch.float32, device)
     leaves = [t.requires_grad_(need) for t, need in zip((hidden, weight), needs, strict=True)]
-    settings = (IGNORED, 0.1, 1e-3)
+    numbers = (IGNORED, 0.1, 1e-3)
     for op, extra in (
         (triton_linear_cross_entropy._token_losses, ()),
         (triton_linear_cross_entropy._loss_sum, needs),
     ):
-        torch.library.opcheck(op, (*leaves, targets, *settings, *extra))
+        torch.library.opcheck(op, (*leaves, targets, *numbers, *extra))
     plain = [t.detach() for t in leaves]
     torch.library.opcheck(
         triton_linear_cross_entropy._token_losses_backward,
-        (torch.ones(5, device=device), *plain, targets, *settings, *needs),
+        (torch.ones(5, device=device), *plain, targets, *numbers, *needs),
     )
     torch.library.opcheck(
         triton_linear_cross_entropy._scale,
@@ -195,10 +190,14 @@ def test_opcheck(needs, device):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_compile(compiler, reduction, device):
-    hidden, weight, targets = make_inputs(5, 16, 7, torch.bfloat16, device)
-    settings = dict(reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
-    call = lambda h, w: ops.linear_cross_entropy(h, w, targets, **settings)  # noqa: E731
+    hidden, weight, targets = make_inputs(5, 48, 7, torch.bfloat16, device)
     torch._dynamo.reset()
+
+    def call(hidden, weight):
+        return ops.linear_cross_entropy(
+            hidden, weight, targets, reduction=reduction, label_smoothing=0.1, z_loss=1e-3
+        )
+
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     with use_backend("triton"):
         losses = [f(*leaves) for f in (call, torch.compile(call, backend=compiler, fullgraph=True))]

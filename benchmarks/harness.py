@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from leangpt import machine
-from leangpt.kernels.decode import cpu_isa
+from leangpt.kernels import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,27 +42,64 @@ class Timing:
         return cls(cuts[1], statistics.median(seconds), cuts[7])
 
 
+class _CpuTimer:
+    def time(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class _GpuTimer:
+    """By events on the stream, each call with a cold L2 cache, as between the ops of a model."""
+
+    def __init__(self) -> None:
+        self.cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def time(self, call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
 def time_interleaved(
     calls: Mapping[str, Callable[[], Any]], device: str, rounds: int = 20, warm_up: int = 3
 ) -> dict[str, Timing]:
     """Time several calls in turn, A B C A B C …, so that a change of the machine's speed meets all of them."""
+    timer = _GpuTimer() if device == "cuda" else _CpuTimer()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warm_up + rounds):
         for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
+            elapsed = timer.time(call)
             if round_ >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
+def peak_bytes(call: Callable[[], Any], device: str) -> dict[str, int]:
+    """The memory that a call takes above what is there, where the device counts it."""
+    if device != "cuda":
+        return {}
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+
 def ceilings(device: str) -> dict[str, float]:
-    """What this machine reaches at best: matrix products in GFLOP/s, reading of memory in GB/s."""
+    """What this machine reaches at best: matrix products in GFLOP/s, reading of memory in GB/s.
+
+    The peak of products is that of a large one, or that of the CPU's registers where the native engine can measure it.
+    """
     result = {"matmul_fp32_gflops": machine.matmul_peak(torch.float32, device) / 1e9}
     if machine.multiplies_bf16(device):
         result["matmul_bf16_gflops"] = machine.matmul_peak(torch.bfloat16, device) / 1e9
+    if device == "cpu" and not decode.unavailable_reason:
+        for kind, name in enumerate(result):
+            result[name] = max(result[name], decode.multiply_rate(kind) / 1e9)
     memory = torch.ones(2**27, device=device)  # 512 MiB: more than any cache
     timing = time_interleaved({"read": memory.sum}, device, rounds=9)["read"]
     result["memory_read_gb_per_s"] = memory.nbytes / timing.p20 / 1e9
@@ -82,7 +119,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "commit": commit.stdout.strip() or "unknown",
         "device": torch.cuda.get_device_name() if device == "cuda" else machine.cpu_model(),
-        "isa": cpu_isa(),
+        "isa": decode.cpu_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

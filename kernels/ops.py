@@ -41,7 +41,8 @@ def embedding(
 
     Raises:
         ValueError: only one of `positions` and `position_weight` is given.
-        IndexError: a token or position is out of range (on a GPU: a device assertion).
+        IndexError: a token or position is out of range (on a GPU, which the caller does not wait for: a device
+            assertion, or with Triton a row of NaN that has no part in the gradients).
     """
     if (positions is None) != (position_weight is None):
         raise ValueError("embedding: positions and position_weight must be given together")
@@ -377,6 +378,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape does not fit, or `reduction` is unknown.
+        IndexError: a target is out of range (on a GPU: a device assertion, or with Triton a loss of NaN).
 
     References: label smoothing: Szegedy et al., 2016, https://arxiv.org/abs/1512.00567; z-loss: Chowdhery et al., 2022,
     https://arxiv.org/abs/2204.02311

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# a quarter to a whole row of a small model, in 16-byte accesses of 4 warps
+# 512 bytes of each of 16 rows of bfloat16: two or four 16-byte accesses a thread, and few idle columns for any C
 BLOCK_N, BLOCK_C = 16, 256
 
 
@@ -33,7 +33,13 @@ def _load_rows(table_ptr, rows, c, n_rows, n_embd, stride_row, stride_col):
     return tl.load(pointers, mask=mask, other=float("nan")).to(tl.float32)
 
 
-@triton.jit
+# lengths and strides of indices say nothing of 16-byte accesses: one kernel for all
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "seq_len", "n_vocab", "n_positions",
+        "stride_tokens_b", "stride_tokens_t", "stride_positions_b", "stride_positions_t",
+    ]
+)  # fmt: skip
 def _embedding_kernel(
     tokens_ptr, weight_ptr, positions_ptr, position_weight_ptr, y_ptr,
     num_tokens, seq_len, n_vocab, n_positions, n_embd,
@@ -83,7 +89,7 @@ def _block_sums_kernel(
         tl.store(sums_ptr + block * n_embd + c, tl.sum(dy, axis=0), mask=c < n_embd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_table"])
 def _segment_sums_kernel(
     dy_ptr, order_ptr, keys_ptr, ends_ptr, sums_ptr, dtable_ptr,
     n_table, n_embd, stride_row, stride_col,
@@ -127,15 +133,14 @@ def _embedding(
     y = weight.new_empty(B, T, C)
     if y.numel() == 0:
         return y
-    n_positions, positions_strides, position_strides = 0, (0, 0), (0, 0)
+    n_positions = 0
+    position_strides: tuple[int, ...] = (0, 0, 0, 0)
     if positions is not None and position_weight is not None:
-        positions = positions.expand(B, T)
-        n_positions = position_weight.shape[0]
-        positions_strides, position_strides = positions.stride(), position_weight.stride()
+        positions, n_positions = positions.expand(B, T), position_weight.shape[0]
+        position_strides = *positions.stride(), *position_weight.stride()
     _embedding_kernel[_grid(triton.cdiv(B * T, BLOCK_N), C)](
         tokens, weight, positions, position_weight, y,
-        B * T, T, V, n_positions, C,
-        *tokens.stride(), *weight.stride(), *positions_strides, *position_strides,
+        B * T, T, V, n_positions, C, *tokens.stride(), *weight.stride(), *position_strides,
         BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return y

@@ -6,6 +6,8 @@ from helpers import check_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from leangpt.kernels import ops, triton_linear_cross_entropy, use_backend
 
@@ -85,6 +87,27 @@ def test_settings(reduction, smoothing, z_loss, device):
 def test_drawn(device, small_chunks, N, V, smoothing, z_loss, seed):
     inputs = make_inputs(N, 48, V, torch.bfloat16, device, seed)
     check(*inputs, label_smoothing=smoothing, z_loss=z_loss)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that was made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_no_tensor_is_as_large_as_all_logits(device, small_chunks):
+    hidden, weight, targets = make_inputs(300, 48, 90, torch.bfloat16, device)
+    with LargestTensor() as largest:
+        triton_linear_cross_entropy._losses_and_gradients(
+            hidden, weight, targets, None, IGNORED, 0.0, 0.0, True, True
+        )
+    assert largest.num_bytes == max(hidden.nbytes, weight.float().nbytes, 128 * 96 * 2)
 
 
 def test_strides_and_shapes(device):

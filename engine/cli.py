@@ -303,13 +303,14 @@ def _kernels(argv: Sequence[str]) -> None:
     archs = [name.strip() for name in options.arch.split(",")]
     if options.action == "update" and options.arch != Kernels.arch:
         raise ValueError("the contract has all architectures: leave out --arch")
-    rows = kernel_report.make_report(archs)
-    if options.action == "report":
-        print(kernel_report.to_json(rows) if options.json else kernel_report.to_text(rows))
-    elif options.action == "update":
-        kernel_report.update(rows)
-    else:
-        kernel_report.check(rows, archs)
+    match options.action:
+        case "report":
+            rows = kernel_report.make_report(archs)
+            print(kernel_report.to_json(rows) if options.json else kernel_report.to_text(rows))
+        case "check":
+            kernel_report.check(archs)
+        case "update":
+            kernel_report.update()
 
 
 def _info(argv: Sequence[str]) -> None:

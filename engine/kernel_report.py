@@ -32,6 +32,10 @@ QWEN3_8B = GPTConfig(
 )
 
 
+# step, lr, betas, eps, weight_decay, grad_scale
+_ADAMW = (1, 1e-3, (0.9, 0.95), 1e-8, 0.1, None)
+
+
 def cases() -> list[Case]:
     """A call of every op for each of the models."""
     gpt2 = GPTConfig.preset("gpt2")
@@ -47,9 +51,9 @@ def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]
     H, H_kv, D = config.n_head, config.kv_heads, config.head_size
     C, F, V = config.n_embd, config.inner_size, config.vocab_size
     fused_F = F * (1 + config.is_gated)
-    rows = H + 2 * H_kv  # heads in a row of packed qkv
+    H_qkv = H + 2 * H_kv  # heads in a row of packed qkv
     x, row = Empty((B, T, C)), Empty((C,))
-    bias = {n: Empty((n,)) if config.bias else None for n in (C, fused_F, rows * D)}
+    bias = {n: Empty((n,)) if config.bias else None for n in (C, fused_F, H_qkv * D)}
     tokens = Empty((B, T), torch.int64)
 
     def case(op: str, *arguments: Any, note: str = "", flops: Sequence[float] = (0, 0)) -> Case:
@@ -57,13 +61,18 @@ def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]
 
     def heads(n: int) -> Empty:
         """Part of packed qkv."""
-        return Empty((B, T, n, D), strides=(T * rows * D, rows * D, D, 1))
+        return Empty((B, T, n, D), strides=(T * H_qkv * D, H_qkv * D, D, 1))
 
-    def product(n: int, k: int) -> tuple[float, float]:
-        """FLOPs of a linear layer, forward and backward."""
+    def linear_flops(n: int, k: int) -> tuple[float, float]:
         return 2.0 * B * T * n * k, 4.0 * B * T * n * k
 
-    positions = (None, None)
+    def attention_flops(window: int = T) -> tuple[float, float]:
+        """Two products in forward, five in backward, of D each for a query and a key that it sees."""
+        keys_seen = sum(min(t + 1, window) for t in range(T))
+        product = 2.0 * B * H * D * keys_seen
+        return 2 * product, 5 * product
+
+    positions: tuple[Empty | None, ...] = (None, None)
     if config.position == "learned":
         positions = Empty((1, T), torch.int64), Empty((config.max_seq_len, C))
     yield case("embedding", tokens, Empty((V, C)), *positions)
@@ -76,33 +85,47 @@ def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]
     if config.qk_norm:
         yield case("rms_norm", heads(H), Empty((D,)), config.norm_eps, note=" of heads")
 
-    qkv = Empty((rows * D, C))
-    yield case("linear", x, qkv, bias[rows * D], flops=product(rows * D, C))
+    qkv = Empty((H_qkv * D, C))
+    yield case("linear", x, qkv, bias[H_qkv * D], flops=linear_flops(H_qkv * D, C))
     if config.position == "rotary":
         angles = Empty((1, T, D // 2), torch.float32, requires_grad=False)
         yield case("rotary", heads(H), angles, angles)
+        yield case("rotary_qkv", Empty((B, T, H_qkv, D)), angles, angles, H_kv)
 
     q, k, v = heads(H), heads(H_kv), heads(H_kv)
-    # forward has 2 products and backward 5, of D each for the pairs of a query and a key before it
-    pairs = 2.0 * B * H * D * T * (T + 1) / 2
-    flops = (2 * pairs, 5 * pairs)
+    flops = attention_flops()
     for dropout_p, note in dropouts.items():
         yield case("attention", q, k, v, None, None, None, dropout_p, note=note, flops=flops)
-    yield case("attention", q, k, v, None, T // 4, None, 0.0, note=" window")
-    packed = [dataclasses.replace(t, shape=t.shape[1:], strides=t.strides[1:]) for t in (q, k, v)]
+    packed = [Empty((B * T, n, D), strides=(H_qkv * D, D, 1)) for n in (H, H_kv, H_kv)]
     lengths = Empty((B + 1,), torch.int32)
-    yield case("attention_varlen", *packed, lengths, T, None, None, 0.0)
+    yield case("attention_varlen", *packed, lengths, T, None, None, 0.0, flops=flops)
+    flops = attention_flops(T // 4)
+    yield case("attention", q, k, v, None, T // 4, None, 0.0, note=" window", flops=flops)
 
     weights = Empty((fused_F, C)), bias[fused_F], Empty((C, F)), bias[C]
-    flops = product(fused_F + F, C)
+    flops = linear_flops(fused_F + F, C)
     for dropout_p, note in dropouts.items():
         yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
 
     # the gradients of the mean are computed in forward
-    yield case(
-        *("linear_cross_entropy", x, Empty((V, C)), tokens, -100, "mean", 0.0, 0.0),
-        flops=(sum(product(V, C)), 0.0),
-    )
+    flops = (sum(linear_flops(V, C)), 0.0)
+    head = Empty((V, C))
+    yield case("linear_cross_entropy", x, head, tokens, -100, "mean", 0.0, 0.0, flops=flops)
+
+    def state(dtype: torch.dtype) -> list[Empty]:
+        """Of the matrices of a block, in training."""
+        shapes = (H_qkv * D, C), (C, H * D), (fused_F, C), (C, F)
+        return [Empty(shape, dtype, requires_grad=False) for shape in shapes]
+
+    wide = state(torch.float32)
+    yield case("adamw_step", wide, wide, wide, wide, None, *_ADAMW)
+    narrow = state(torch.bfloat16)
+    yield case("adamw_step", narrow, narrow, wide, wide, wide, *_ADAMW, note=" masters")
+
+    N = 64  # sequences of a step of generation
+    integer, fraction = Empty((N,), torch.int64), Empty((N,), torch.float32)
+    filters = fraction, integer, fraction, fraction
+    yield case("sample", Empty((N, V)), *filters, integer, integer, integer)
 
 
 def make_report(archs: Sequence[str]) -> list[Row]:
@@ -112,12 +135,13 @@ def make_report(archs: Sequence[str]) -> list[Row]:
     return report(cases(), archs)
 
 
-def check(rows: Sequence[Row], archs: Sequence[str]) -> None:
+def check(archs: Sequence[str]) -> None:
     """Print what is worse than the contract says; raises ValueError where something is."""
     expected = {
         name: {arch: figures for arch, figures in kernel.items() if arch in archs}
         for name, kernel in contract.load(versions()).items()
     }
+    rows = make_report(archs)
     lines = contract.differences(expected, by_name(rows))
     if lines:
         print("\n".join(lines))
@@ -128,8 +152,9 @@ def check(rows: Sequence[Row], archs: Sequence[str]) -> None:
     print(f"{len(rows)} kernels and architectures are as {contract.PATH.name} says, or better")
 
 
-def update(rows: Sequence[Row]) -> None:
-    contract.save(versions(), by_name(rows))
+def update() -> None:
+    """Make the contract anew."""
+    contract.save(versions(), by_name(make_report(list(CHIPS))))
     print(f"wrote {contract.PATH}")
 
 

@@ -25,8 +25,9 @@ from . import native, reference
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 
-# ops whose Triton kernel runs only where it is asked for: the vendor's library is faster
+# ops whose Triton kernel runs only where it is asked for: the vendor's library is faster, always or in float32
 LIBRARY_OPS = frozenset({"linear"})
+LIBRARY_OPS_FLOAT32 = frozenset({"mlp"})
 
 triton_devices: set[str] = set()
 triton_unavailable_reason: str | None = "not loaded: there is no GPU"
@@ -116,7 +117,9 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
             raise RuntimeError(f"{op}: backend {_forced!r} was asked for, but {obstacle}")
         return _modules[_forced]  # type: ignore[return-value]
     for backend, module in _modules.items():
-        if backend == "triton" and op in LIBRARY_OPS:
+        if backend == "triton" and (
+            op in LIBRARY_OPS or (op in LIBRARY_OPS_FLOAT32 and given[0].dtype == torch.float32)
+        ):
             continue
         if _obstacle(backend, op, given[0], needs_grad) is None:
             return module  # type: ignore[return-value]

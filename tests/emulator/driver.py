@@ -65,7 +65,11 @@ def _pointees(tensor: torch.Tensor, name: str) -> Iterator[tuple[int, int, str]]
     if max(addresses) < 1 << 32:
         return
     for other in gc.get_objects():
-        if issubclass(type(other), torch.Tensor) and other.layout is torch.strided and other.device.type == "cpu":
+        if (
+            issubclass(type(other), torch.Tensor)
+            and other.layout is torch.strided
+            and other.device.type == "cpu"
+        ):
             with contextlib.suppress(RuntimeError, NotImplementedError):  # one without memory
                 if other.data_ptr() in addresses:
                     yield other.data_ptr(), _extent(other), f"{name}[...]"
@@ -107,7 +111,9 @@ class _Launcher:
                 struct.pack_into(_FORMATS[kind], params, offset, value)
         block = (self.metadata.num_warps * WARP_SIZE, 1, 1)
         shared = max(self.metadata.shared, self.kernel.shared.num_bytes)
-        self.machine.launch((grid_x, grid_y, grid_z), block, shared, bytes(params), buffers, _options)
+        self.machine.launch(
+            (grid_x, grid_y, grid_z), block, shared, bytes(params), buffers, _options
+        )
 
 
 def _scratch(metadata: Any, num_blocks: int) -> list[torch.Tensor | None]:

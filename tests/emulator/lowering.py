@@ -41,7 +41,15 @@ IGNORED = {
 }
 UNSIGNED_CONDITIONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 # no instruction at all: hints
-NOTHING = {"griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "nanosleep"}
+NOTHING = {
+    "griddepcontrol",
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "createpolicy",
+    "nanosleep",
+}
 
 
 @dataclass
@@ -65,7 +73,9 @@ class _RegisterFile:
 
     def __init__(self):
         self.constants = bytearray(LANES * 4 * len(SPECIAL_REGISTERS))
-        self.places = {name: self.CONSTANT | LANES * 4 * i for i, name in enumerate(SPECIAL_REGISTERS)}
+        self.places = {
+            name: self.CONSTANT | LANES * 4 * i for i, name in enumerate(SPECIAL_REGISTERS)
+        }
         self.num_bytes = 0
         self.free: dict[int, list[int]] = {}
 
@@ -77,8 +87,9 @@ class _RegisterFile:
             self.constants += bytes(padding) + value.to_bytes(size, "little") * LANES
         return self.places[key]
 
-    def allocate(self, size: int) -> int:
-        if self.free.get(size):
+    def allocate(self, size: int, is_shared: bool) -> int:
+        """A place; one that others have used before must not be held across a label, where they come again in a loop."""
+        if is_shared and self.free.get(size):
             return self.free[size].pop()
         self.num_bytes += LANES * max(size, 2)
         return self.num_bytes - LANES * max(size, 2)
@@ -89,7 +100,11 @@ class _RegisterFile:
 
 def _last_uses(kernel: Kernel) -> dict[str, int]:
     """The last use of each register that is written first, and lives only, between two labels that a branch goes to."""
-    targets = {p.operands[-1] for p in kernel.body if isinstance(p, Statement) and p.opcode.startswith("bra")}
+    targets = {
+        p.operands[-1]
+        for p in kernel.body
+        if isinstance(p, Statement) and p.opcode.startswith("bra")
+    }
     segment, home, last = 0, {}, {}
     for i, part in enumerate(kernel.body):
         if isinstance(part, Label):
@@ -133,10 +148,14 @@ class _Lowering:
             try:
                 self.lower(part)
             except Unsupported as error:
-                raise Unsupported(f"{error}: {part.text!r} ({part.source or self.kernel.name})") from None
+                raise Unsupported(
+                    f"{error}: {part.text!r} ({part.source or self.kernel.name})"
+                ) from None
             for name in set(part.registers()):
                 if self.last_use.get(name) == i and name in self.file.places:
-                    self.file.release(self.file.places.pop(name), num_bytes(self.kernel.type_of(name)))
+                    self.file.release(
+                        self.file.places.pop(name), num_bytes(self.kernel.type_of(name))
+                    )
             for place, size in self.temporaries:
                 self.file.release(place, size)
             self.temporaries.clear()
@@ -152,7 +171,9 @@ class _Lowering:
         program.constants = bytes(self.file.constants.ljust(size, b"\0"))
         program.register_bytes = size + self.file.num_bytes
         constant = _RegisterFile.CONSTANT
-        program.operands = array("I", (o & ~constant if o & constant else o + size for o in program.operands))
+        program.operands = array(
+            "I", (o & ~constant if o & constant else o + size for o in program.operands)
+        )
         guard = _COLUMNS.index("guard")
         for at in range(guard, len(program.rows), width):
             if program.rows[at] >= 0:
@@ -163,11 +184,12 @@ class _Lowering:
 
     def register(self, name: str) -> int:
         if name not in self.file.places:
-            self.file.places[name] = self.file.allocate(num_bytes(self.kernel.type_of(name)))
+            size, is_shared = num_bytes(self.kernel.type_of(name)), name in self.last_use
+            self.file.places[name] = self.file.allocate(size, is_shared)
         return self.file.places[name]
 
     def temporary(self, size: int) -> int:
-        place = self.file.allocate(size)
+        place = self.file.allocate(size, is_shared=True)
         self.temporaries.append((place, size))
         return place
 
@@ -196,7 +218,9 @@ class _Lowering:
         self.emit(f"cvt.{kind}{8 * wanted}.{kind}{8 * size}", [to, place])
         return to
 
-    def result(self, operand: str, ptx_type: str, is_signed: bool) -> tuple[int, Callable[[], None]]:
+    def result(
+        self, operand: str, ptx_type: str, is_signed: bool
+    ) -> tuple[int, Callable[[], None]]:
         """The place for a result, and what is left to do once it is there."""
         size = num_bytes(ptx_type)
         if operand == "_":
@@ -211,7 +235,9 @@ class _Lowering:
 
     # ---- rows
 
-    def emit(self, name: str, places: Iterable[int], immediate: int = 0, space: int = 0, order: int = 0) -> None:
+    def emit(
+        self, name: str, places: Iterable[int], immediate: int = 0, space: int = 0, order: int = 0
+    ) -> None:
         """Append one instruction of the emulator's table."""
         program, places = self.program, list(places)
         row = [machine.instructions()[name][0], self.guard, self.is_negated, immediate]
@@ -221,7 +247,14 @@ class _Lowering:
         program.statements.append(self.statement)
         self.is_label = False
 
-    def instruction(self, name: str, operands: list[str | Address], is_signed: bool = False, space: str = "global", order: int = 0) -> None:
+    def instruction(
+        self,
+        name: str,
+        operands: list[str | Address],
+        is_signed: bool = False,
+        space: str = "global",
+        order: int = 0,
+    ) -> None:
         """Append an instruction with operands as PTX has them, converted to the types that the table tells."""
         if name not in machine.instructions():
             raise Unsupported(f"no instruction {name}")
@@ -265,13 +298,20 @@ class _Lowering:
     def plain(self, opcode: str, modifiers: list[str], operands: list) -> None:
         """An instruction whose name and operands are those of PTX."""
         flat = [name for o in operands for name in ((o,) if isinstance(o, str | Address) else o)]
-        self.instruction(".".join([opcode, *modifiers]), flat, is_signed=bool(modifiers) and modifiers[0].startswith("s"))
+        self.instruction(
+            ".".join([opcode, *modifiers]),
+            flat,
+            is_signed=bool(modifiers) and modifiers[0].startswith("s"),
+        )
 
     def move(self, opcode: str, modifiers: list[str], operands: list) -> None:
         (ptx_type,) = modifiers
         whole = "pred" if ptx_type == "pred" else f"b{8 * num_bytes(ptx_type)}"
         result, source = operands
-        for name, vector, flat in (("pack", source, lambda: [result, *source]), ("unpack", result, lambda: [*result, source])):
+        for name, vector, flat in (
+            ("pack", source, lambda: [result, *source]),
+            ("unpack", result, lambda: [*result, source]),
+        ):
             if isinstance(vector, tuple):
                 part = f"b{8 * num_bytes(ptx_type) // len(vector)}"
                 return self.instruction(f"{name}.{whole}.{part}", flat())
@@ -297,7 +337,10 @@ class _Lowering:
         if not types or len(logic) != len(other):
             raise Unsupported(f"no instruction setp.{condition}.{ptx_type}")
         compared, negated = self.temporary(1), self.temporary(1)
-        self.emit(f"setp.{condition}.{ptx_type}", [compared, self.value(a, types[1][1]), self.value(b, types[1][2])])
+        self.emit(
+            f"setp.{condition}.{ptx_type}",
+            [compared, self.value(a, types[1][1]), self.value(b, types[1][2])],
+        )
         self.emit("not.pred", [negated, compared])
         combined = self.value(other[0], "pred") if other else None
         for name, place in ((result, compared), (opposite, negated)):
@@ -329,7 +372,9 @@ class _Lowering:
         width = size * (max(1, len(flat) - 1 - has_hint) if opcode in ("ld", "st") else 1)
         self.narrow(space, width)
         name = ".".join([opcode, *kept, ptx_type])
-        return self.instruction(name, flat[:-1] if has_hint else flat, _is_signed(self.statement), space, order)
+        return self.instruction(
+            name, flat[:-1] if has_hint else flat, _is_signed(self.statement), space, order
+        )
 
     def narrow(self, space: str, width: int) -> None:
         """Let shadow memory tell apart what is this narrow."""
@@ -352,7 +397,9 @@ class _Lowering:
         if destination.offset:
             place = self.temporary(4)
             base = self.value(destination.base, "b32")
-            self.emit("add.u32", [place, base, self.file.constant(destination.offset % (1 << 32), 4)])
+            self.emit(
+                "add.u32", [place, base, self.file.constant(destination.offset % (1 << 32), 4)]
+            )
         else:
             place = self.value(destination.base, "b32")
         self.narrow("shared", int(width, 0))
@@ -398,10 +445,23 @@ class _Lowering:
         if "global" in modifiers:
             self.instruction("mov.b64", operands)
         else:
-            self.instruction(".".join([opcode, *(m for m in modifiers if m in ("to", "shared", "local"))]), operands)
+            self.instruction(
+                ".".join([opcode, *(m for m in modifiers if m in ("to", "shared", "local"))]),
+                operands,
+            )
 
 
-_COLUMNS = ["entry", "guard", "is_negated", "immediate", "first_operand", "num_operands", "space", "order", "is_label"]
+_COLUMNS = [
+    "entry",
+    "guard",
+    "is_negated",
+    "immediate",
+    "first_operand",
+    "num_operands",
+    "space",
+    "order",
+    "is_label",
+]
 _RULES = {
     "mov": _Lowering.move,
     "selp": _Lowering.select,
@@ -437,13 +497,29 @@ def _number(text: str, ptx_type: str) -> int | None:
     """The bits of a literal of a type, or None if the text is not a literal."""
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         bits = int(text[2:], 16)
-        return bits if num_bytes(ptx_type) == 4 else int.from_bytes(struct.pack("<d", struct.unpack("<f", bits.to_bytes(4, "little"))[0]), "little")
+        return (
+            bits
+            if num_bytes(ptx_type) == 4
+            else int.from_bytes(
+                struct.pack("<d", struct.unpack("<f", bits.to_bytes(4, "little"))[0]), "little"
+            )
+        )
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
         bits = int(text[2:], 16)
-        return bits if num_bytes(ptx_type) == 8 else int.from_bytes(struct.pack("<f", struct.unpack("<d", bits.to_bytes(8, "little"))[0]), "little")
+        return (
+            bits
+            if num_bytes(ptx_type) == 8
+            else int.from_bytes(
+                struct.pack("<f", struct.unpack("<d", bits.to_bytes(8, "little"))[0]), "little"
+            )
+        )
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         number = int(text.rstrip("U"), 0) % (1 << 64)
-        return number if not ptx_type.startswith("f") else _float_bits(float(int(text.rstrip("U"), 0)), ptx_type)
+        return (
+            number
+            if not ptx_type.startswith("f")
+            else _float_bits(float(int(text.rstrip("U"), 0)), ptx_type)
+        )
     if re.fullmatch(r"-?\d+\.\d*([eE][+-]?\d+)?", text) and ptx_type.startswith("f"):
         return _float_bits(float(text), ptx_type)
     return None

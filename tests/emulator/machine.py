@@ -66,7 +66,8 @@ def _compile(library: Path, compiler: str) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         objects = {source: f"{folder}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         compilations = [
-            subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", to]) for source, to in objects.items()
+            subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", to])
+            for source, to in objects.items()
         ]
         if any([process.wait() for process in compilations]):
             raise RuntimeError(f"{compiler} cannot compile {SOURCES}")
@@ -137,7 +138,12 @@ class Machine:
         ranges = [_Buffer(start, start + length, name.encode()) for start, length, name in buffers]
         order = ORDERS.index(options.order)
         settings = _Options(
-            options.seed, order, options.resident, options.preempt, options.race, options.early_async
+            options.seed,
+            order,
+            options.resident,
+            options.preempt,
+            options.race,
+            options.early_async,
         )
         message = _library().simt_launch(
             self._handle, params, size(len(params)), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),

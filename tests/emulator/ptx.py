@@ -196,7 +196,9 @@ def read_kernels(text: str) -> dict[str, Kernel]:
     """Read all kernels (`.entry`) of a module."""
     files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
     text = _COMMENT.sub(" ", _FILE.sub("", text))
-    module = text[: min((found.start() for found in re.finditer(r"\.(entry|func)\b", text)), default=0)]
+    module = text[
+        : min((found.start() for found in re.finditer(r"\.(entry|func)\b", text)), default=0)
+    ]
     module_variables = re.findall(r"^\s*([^;{}\n]*\.shared\s[^;{}]*);", module, re.M)
     return {
         entry[1]: _read_kernel(text, entry, files, module_variables)

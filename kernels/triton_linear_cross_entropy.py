@@ -6,14 +6,17 @@ Per row with logits l = hidden weight^T, p = softmax(l), lse = logsumexp(l), smo
 loss = lse - (1 - s) l[target] - s mean(l) + z lse^2
 dl = p (1 + 2 z lse) - (1 - s) onehot(target) - s / V          dhidden = dl weight          dweight = dl^T hidden
 
-Rows are taken in chunks whose logits fill at most LOGITS_BYTES. The library multiplies a chunk with the vocabulary
-matrix, one kernel turns logits into losses and, in the same place, into dl; the library gives dhidden, and a second
-kernel adds to dweight in float32, so that it is rounded once, however many chunks there are. With a loss of one number
-all that happens in the forward pass: its gradients are those of the sum times a factor, which the backward pass applies.
-That is three products; recomputing the logits would be a fourth. Losses of single rows have a gradient of their own
-each, so their backward pass does recompute the logits, by the same code. Nothing is atomic: results are deterministic.
+Rows are taken in chunks whose logits fill at most LOGITS_BYTES, or are 128 rows. The library multiplies a chunk with
+the vocabulary matrix, one kernel turns logits into losses and, in the same place, into dl; the library gives dhidden,
+and a second kernel adds to dweight in float32, so that it is rounded once, however many chunks there are. With a loss
+of one number all that happens in the forward pass: its gradients are those of the sum times a factor, which the
+backward pass applies. That is three products; recomputing the logits would be a fourth. Losses of single rows have a
+gradient of their own each, so their backward pass does recompute the logits, by the same code. Nothing is atomic:
+results are deterministic.
 
 Memory beyond inputs and gradients: LOGITS_BYTES and `(V, C)` float32.
+
+A target out of range reads nothing: its loss is NaN.
 
 Chunks and gradients in the forward pass: Hsu et al., 2024 (Liger Kernel), https://arxiv.org/abs/2410.10989. What these
 save over full logits, and a kernel that never writes them but needs more products: Wijmans et al., 2024 (Cut
@@ -133,9 +136,8 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, numel, BLOCK: tl.constexpr):
 def _add_weight_gradient(dlogits: Tensor, hidden: Tensor, dweight: Tensor, is_first: bool) -> None:
     n_vocab, n_embd = dweight.shape
     precision, block_v, block_c, block_n, num_warps = "ieee", 128, 128, 64, 8
-    if (
-        hidden.dtype == torch.float32
-    ):  # most products on the ordinary units: what fits their registers
+    if hidden.dtype == torch.float32:
+        # without tensor cores operands, too, take registers: larger tiles spill
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         block_v, block_c, block_n, num_warps = 64, 64, 32, 4
     # not autotuned: trial runs would add to dweight too
@@ -163,19 +165,15 @@ def _losses_and_gradients(
     dhidden has the dtype of `hidden`, dweight is float32.
     """
     (N, C), V = hidden.shape, weight.shape[0]
+    targets = targets.contiguous()
     losses = hidden.new_empty(N, dtype=torch.float32)
-    dhidden = (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if needs_dhidden
-        else hidden.new_empty(0)
-    )
+    dhidden = hidden.new_empty(hidden.shape if needs_dhidden else 0)
     dweight = hidden.new_empty((V, C) if needs_dweight else 0, dtype=torch.float32)
     if N == 0:
         return losses, dhidden, dweight.zero_()
 
-    width = (
-        triton.cdiv(V, 16) * 16
-    )  # of a row in memory: 16-byte accesses, also in the library's products
+    # rows in memory are padded: 16-byte accesses, also in the library's products
+    width = triton.cdiv(V, 16) * 16
     rows_per_chunk = max(128, LOGITS_BYTES // (width * hidden.element_size()) // 128 * 128)
     buffer = hidden.new_empty(min(N, rows_per_chunk), width)
     block_v, num_warps = (1024, 4) if V <= 1024 else (4096, 8)  # 8 or 16 elements a thread

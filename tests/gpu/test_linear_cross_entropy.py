@@ -117,6 +117,7 @@ def test_strides_and_shapes(device):
     check(hidden.t().reshape(8, 6, 48)[..., :33].transpose(1, 2)[:6, :4], weight[:, :6], targets)
     check(hidden[:24].view(6, 4, 48), weight.t().contiguous().t(), targets)
     check(hidden[0].expand(6, 4, 48), weight, targets, reduction="none")
+    check(hidden[:4], weight, targets[1])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 LEAST_KEY = tl.constexpr(-(2**31))
 GREATEST_KEY = tl.constexpr(2**31 - 1)
-# many times the errors of float32: about 2e-6 of a sum of probabilities, 2e-5 of a draw
+# many times the errors of float32: at most 1e-5 of a sum of probabilities, 2e-5 of a draw
 MASS_MARGIN = tl.constexpr(1e-4)
 DRAW_MARGIN = tl.constexpr(1e-3)
 # leading bits of a key in which two logits can differ; as float32, float16 has 10 bits behind sign and exponent
@@ -250,10 +250,10 @@ def sample(
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     vocab_size = logits.shape[1]
     block = 1024 if vocab_size <= 1024 else 2048
-    if len(logits):
+    if len(logits):  # 8 logits a thread: 16-byte loads, where 16 divides the vocabulary
         _sample_kernel[(len(logits),)](
             logits, *(s.contiguous() for s in settings), tokens, logits.stride(0), vocab_size,
-            KEY_BITS[logits.dtype], block, num_warps=block // 256,  # 8 logits a thread: 16 bytes or twice 16
+            KEY_BITS[logits.dtype], block, num_warps=block // 256,
         )  # fmt: skip
     return tokens
 

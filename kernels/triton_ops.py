@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from .triton_adamw import adamw_step
+from .triton_attention import attention, attention_varlen
 from .triton_embedding import embedding
 from .triton_layer_norm import add_layer_norm, layer_norm
 from .triton_linear import linear
@@ -23,6 +24,8 @@ __all__: list[str] = [
     "adamw_step",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
+    "attention_varlen",
     "embedding",
     "layer_norm",
     "linear",

@@ -130,9 +130,9 @@ def _is_visible(position, key, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 @triton.jit
 def _is_kept(dropout, query, key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of the tile from (query, key) on dropout keeps: `(BLOCK_M, BLOCK_N)`."""
-    seed, dropout_p, _, row, num_columns = dropout
-    rows = row + query + tl.arange(0, BLOCK_M)
-    return kept_by_dropout(seed, dropout_p, rows, key, num_columns, BLOCK_N)
+    seed, dropout_p, _, head, T, S = dropout
+    rows = head * T + query + tl.arange(0, BLOCK_M)
+    return kept_by_dropout(seed, dropout_p, rows, key, BLOCK_N)
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _fwd_keys(
             scores = tl.where(is_visible, scores * scale, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             p = tl.exp2(scores - new_max[:, None])
-        else:  # the scale is not negative: it and the subtraction are one instruction
+        else:  # the scale is positive: it and the subtraction are one instruction
             new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
             p = tl.exp2(scores * scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
@@ -231,7 +231,7 @@ def _dkv_queries(
             p = tl.where(_is_visible(shift + query, key, window, BLOCK_M, BLOCK_N).T, p, 0.0)
         kept = p
         if dropout is not None:
-            is_kept = _is_kept(dropout, query, key, BLOCK_M, BLOCK_N).T
+            is_kept = _is_kept(dropout, head * dropout[4] + query, key, BLOCK_M, BLOCK_N).T
             kept = tl.where(is_kept, p, 0.0)
         dout = _load_rows(
             dout_ptr + head * stride_dh,
@@ -267,14 +267,14 @@ _FWD_TILES: Tiles = {
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
     (64, 2): [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
-    (128, 2): [(64, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3)],
+    (128, 2): [(64, 32, 4, 3), (128, 64, 8, 3)],
     (256, 2): [(64, 32, 8, 2), (64, 64, 8, 2)],
 }
 _DQ_TILES: Tiles = {
     (64, 4): [(16, 32, 4, 2)],
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
-    (64, 2): [(64, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2)],
+    (64, 2): [(64, 32, 4, 3), (128, 64, 8, 2)],
     (128, 2): [(64, 32, 4, 2), (128, 32, 8, 2)],
     (256, 2): [(64, 16, 8, 2), (64, 32, 8, 2)],
 }
@@ -282,9 +282,9 @@ _DKV_TILES: Tiles = {
     (64, 4): [(16, 32, 4, 2)],
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
-    (64, 2): [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
+    (64, 2): [(32, 64, 4, 2), (64, 64, 4, 2)],
     (128, 2): [(32, 64, 4, 2), (16, 128, 8, 2)],
-    (256, 2): [(16, 32, 4, 2), (32, 32, 8, 2)],
+    (256, 2): [(32, 32, 8, 2)],
 }
 
 
@@ -336,7 +336,7 @@ def _attention_fwd_kernel(
     keys = (k_ptr, stride_ks * UNIT, v_ptr, stride_vs * UNIT, num_keys)
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head * T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T, S)
 
     q = _load_rows(q_ptr, query, num_queries, stride_qt * UNIT, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -393,7 +393,7 @@ def _attention_dq_kernel(
     keys = (k_ptr, stride_ks * UNIT, v_ptr, stride_vs * UNIT, num_keys)
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head * T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T, S)
 
     dout = _load_rows(
         dout_ptr, query, num_queries, stride_dt * UNIT, HEAD_DIM, BLOCK_M, BLOCK_D, True
@@ -466,7 +466,7 @@ def _attention_dkv_kernel(
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, (b * H + h) * T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, b * H + h, T, S)
     dk, dv = _dkv_queries(
         dk, dv, k, v, queries, group, begin, full_begin, key, shift, scale, window, dropout,
         HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, IS_MASKED=True,
@@ -665,10 +665,7 @@ def _run(
     if D > MAX_HEAD_DIM:
         raise ValueError(f"attention: head_dim must be at most {MAX_HEAD_DIM} on Triton, got {D}")
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    if softmax_scale is None:
-        softmax_scale = D**-0.5
-    elif softmax_scale < 0:  # kernels take the largest product for the largest score
-        q, softmax_scale = -q, -softmax_scale
+    softmax_scale = D**-0.5 if softmax_scale is None else softmax_scale
     if sliding_window is not None and sliding_window >= max_seqlen:
         sliding_window = None
     seed = dropout_seed(q, dropout_p)
@@ -701,5 +698,7 @@ def attention_varlen(
     softmax_scale: float | None,
     dropout_p: float,
 ) -> Tensor:
-    q, k, v = q[None], k[None], v[None]
-    return _run(q, k, v, None, cu_seqlens, max_seqlen, sliding_window, softmax_scale, dropout_p)[0]
+    q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+    return _run(
+        q, k, v, None, cu_seqlens, max_seqlen, sliding_window, softmax_scale, dropout_p
+    ).squeeze(0)

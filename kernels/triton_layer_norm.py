@@ -66,7 +66,7 @@ def _norm_fwd_kernel(
         total = x.to(tl.float32)
         if seed_ptr is not None:
             seed = tl.load(seed_ptr)
-            kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, C, BLOCK_C)
+            kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, BLOCK_C)
             total = tl.where(kept, total / (1.0 - dropout_p), 0.0)
         if residual_ptr is not None:
             offsets = _row_offsets(rows, num_inner, stride_residual_outer, stride_residual_inner)
@@ -170,7 +170,7 @@ def _norm_bwd_kernel(
             tl.store(dresidual_ptr + out_offsets + cols, dtotal, mask=mask)
             if seed_ptr is not None:
                 seed = tl.load(seed_ptr)
-                kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, C, BLOCK_C)
+                kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, BLOCK_C)
                 dx = tl.where(kept, dtotal / (1.0 - dropout_p), 0.0)
                 tl.store(dx_ptr + out_offsets + cols, dx, mask=mask)
 

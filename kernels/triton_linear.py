@@ -131,7 +131,7 @@ def _epilogue(
     if up is not None:
         out *= up
     if seed_ptr is not None:
-        kept = kept_by_dropout(tl.load(seed_ptr), dropout_p, rows, col, N, h.shape[1])
+        kept = kept_by_dropout(tl.load(seed_ptr), dropout_p, rows, col, h.shape[1])
         out = tl.where(kept, out / (1.0 - dropout_p), 0.0)
     offsets = rows[:, None] * N + cols[None, :]
     if residual_ptr is not None:

@@ -113,7 +113,7 @@ def _dropout_bwd_kernel(
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     dout_offsets = rows[:, None] * stride_dm + cols.to(tl.int64)[None, :] * stride_dn
     dout = tl.load(dout_ptr + dout_offsets, mask=mask, other=0.0).to(tl.float32)
-    kept = kept_by_dropout(tl.load(seed_ptr), dropout_p, rows, tile_n * BLOCK_N, N, BLOCK_N)
+    kept = kept_by_dropout(tl.load(seed_ptr), dropout_p, rows, tile_n * BLOCK_N, BLOCK_N)
     d = tl.where(kept, dout / (1.0 - dropout_p), 0.0)
     tl.store(d_ptr + rows[:, None] * N + cols[None, :], d, mask=mask)
 

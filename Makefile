@@ -12,17 +12,26 @@ export PYTHONSAFEPATH = 1
 # ninja, for the extension
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test sanitize build bench lint format types clean
+# a test process for each core, at most 8
+PARALLEL := -n auto --maxprocesses 8
+
+.PHONY: help demo test test-full kernels-check sanitize build bench lint format types clean
 
 help:            ## list these targets
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 	@echo "variables: PYTHON=python3.12, VENV=.venv, TORCH=cpu or cuda"
 
 demo: build      ## train a small GPT on this machine in minutes and generate from it
 	@$(BIN)/leangpt demo
 
 test: build      ## run the tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(PARALLEL)
+
+test-full: build ## and the GPU kernels in all configurations, dtypes and orders of threads (an hour on two cores)
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "full or not full"
+
+kernels-check: build  ## compile the GPU kernels for four GPUs, compare with kernels/contract.json; no GPU needed
+	@$(BIN)/leangpt kernels check
 
 ISAS := portable avx2 avx512 avx512_bf16
 

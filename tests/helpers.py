@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from leangpt.kernels import use_backend
+
+# dtypes in which all configurations of a product run; in float32 the large ones have too little shared memory
+CONFIGURATION_DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
 
 
 def assert_as_accurate(out: Tensor, ref: Tensor, baseline: Tensor, factor: float = 2.0) -> None:

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from emulator import driver
 from triton.runtime.autotuner import Autotuner
 
 from leangpt.kernels import dispatch
@@ -16,15 +18,26 @@ def _autotuned_kernels() -> Iterator[Autotuner]:
             yield from (v for v in vars(module).values() if isinstance(v, Autotuner))
 
 
+@pytest.fixture(
+    params=[
+        "random",
+        pytest.param("forward", marks=pytest.mark.full),
+        pytest.param("reverse", marks=pytest.mark.full),
+    ]
+)
+def order(request) -> str:
+    """In which order the emulator runs blocks and warps, where it may choose."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def _gpu(monkeypatch):
+def _gpu(monkeypatch, order):
     """Triton kernels run, for the time of a test, on the tensors that it makes: those of the fixture `device`.
 
     An autotuned kernel runs its first configuration; a test of another one sets `kernel.configs` to it.
     """
-    if not torch.cuda.is_available():
-        from emulator import driver
-
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         driver.install()
         monkeypatch.setattr(dispatch, "triton_devices", set())
         monkeypatch.setattr(dispatch, "triton_unavailable_reason", None)
@@ -32,3 +45,5 @@ def _gpu(monkeypatch):
         dispatch.enable_triton("cpu", "cuda")
     for kernel in _autotuned_kernels():
         monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+    with nullcontext() if on_gpu else driver.options(order=order):
+        yield

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from helpers import assert_as_accurate, check_op
+from helpers import CONFIGURATION_DTYPES, assert_as_accurate, check_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -57,10 +57,11 @@ def test_groups_of_tiles(device):
     check_op(ops.linear, tensors, "triton", with_gradients=False)
 
 
+@pytest.mark.parametrize("dtype", CONFIGURATION_DTYPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=tile_name)
-def test_configurations(config, device, monkeypatch):
+def test_configurations(config, dtype, device, monkeypatch):
     monkeypatch.setattr(triton_linear._linear_kernel, "configs", [config])
-    tensors = make(129, 208, 272, torch.bfloat16, device)
+    tensors = make(129, 208, 272, dtype, device)
     check_op(ops.linear, tensors, "triton", with_gradients=False)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_op
+from helpers import CONFIGURATION_DTYPES, check_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -92,11 +92,12 @@ def test_any_size(M, C, inner, seed):
 
 @pytest.mark.parametrize("index", range(len(triton_linear.configurations())))
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_configurations(activation, index, device, monkeypatch):
+@pytest.mark.parametrize("dtype", CONFIGURATION_DTYPES, ids=str)
+def test_configurations(dtype, activation, index, device, monkeypatch):
     forward, backward = triton_linear.configurations(), triton_mlp.configurations()
     monkeypatch.setattr(triton_linear._linear_kernel, "configs", [forward[index]])
     monkeypatch.setattr(triton_mlp._mlp_bwd_kernel, "configs", [backward[index % len(backward)]])
-    check_op(call(activation), make((131, 144, 272), BF16, activation, device), "triton")
+    check_op(call(activation), make((131, 144, 272), dtype, activation, device), "triton")
 
 
 def test_large_inputs_saturate(device):

@@ -30,7 +30,9 @@ def make_model(name: str, device: str, dtype: torch.dtype = torch.float32) -> GP
 
 
 def batch(device: str, B: int = 2, T: int = 37) -> tuple[Tensor, Tensor]:
-    text = torch.randint(SMALL["vocab_size"], (B, T + 1), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(
+        SMALL["vocab_size"], (B, T + 1), generator=torch.Generator().manual_seed(1)
+    )
     return text[:, :-1].to(device), text[:, 1:].to(device)
 
 

@@ -9,7 +9,6 @@ configuration once, so that all are checked, and takes the first. `options` sets
 
 import contextlib
 import dataclasses
-import gc
 import os
 import struct
 from collections.abc import Iterator
@@ -57,24 +56,6 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _pointees(tensor: torch.Tensor, name: str) -> Iterator[tuple[int, int, str]]:
-    """The memory of the tensors that a table of pointers names, if it is one."""
-    if tensor.dtype not in (torch.int64, torch.uint64) or not tensor.numel():
-        return
-    addresses = set(tensor.flatten().tolist())
-    if max(addresses) < 1 << 32:
-        return
-    for other in gc.get_objects():
-        if (
-            issubclass(type(other), torch.Tensor)
-            and other.layout is torch.strided
-            and other.device.type == "cpu"
-        ):
-            with contextlib.suppress(RuntimeError, NotImplementedError):  # one without memory
-                if other.data_ptr() in addresses:
-                    yield other.data_ptr(), _extent(other), f"{name}[...]"
-
-
 class _Launcher:
     """What `CompiledKernel.run` is in the emulator."""
 
@@ -103,7 +84,6 @@ class _Launcher:
                 struct.pack_into("<Q", params, offset, value.data_ptr() if value is not None else 0)
                 if value is not None:
                     buffers.append((value.data_ptr(), _extent(value), name))
-                    buffers.extend(_pointees(value, name))
             elif kind == "bf16":
                 bits = torch.tensor(float(value), dtype=torch.bfloat16).view(torch.int16).item()
                 struct.pack_into("<h", params, offset, bits)

@@ -6,6 +6,7 @@ of a warp; one that lives only between two labels shares its place with others, 
 special registers are registers that are filled beforehand.
 """
 
+import ctypes
 import re
 import struct
 from array import array
@@ -33,7 +34,7 @@ ORDERS = {
 # modifiers without a meaning here: rounding that is the default, what the hardware may approximate, hints for caches, and
 # the scope of an order, since all is seen by all
 IGNORED = {
-    *("rn", "approx", "full", "ftz", "sync", "aligned", "uni", "noftz"),
+    *("rn", "approx", "full", "ftz", "sync", "aligned", "noftz"),
     *("gpu", "cta", "sys", "ca", "cg", "cs", "cv", "wb", "wt", "nc", "weak"),
     *("L1::evict_first", "L1::evict_last", "L1::evict_normal", "L1::no_allocate"),
     *("L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal"),
@@ -61,6 +62,9 @@ class Program:
     operands: array = field(default_factory=lambda: array("I"))
     statements: list[Statement] = field(default_factory=list)  # of each row
     constants: bytes = b""
+    buffers: dict[str, ctypes.Array] = field(
+        default_factory=dict
+    )  # the kernel's constants in global memory
     register_bytes: int = 0
     global_granule: int = 4  # log2 of the narrowest access
     shared_granule: int = 4
@@ -127,8 +131,15 @@ class _Lowering:
         self.kernel = kernel
         self.program = Program(kernel)
         self.file = _RegisterFile()
+        self.program.buffers = {
+            name: ctypes.create_string_buffer(value, len(value))
+            for name, value in kernel.constants.items()
+        }
         # an address in param, shared or local memory is an offset
-        self.addresses = kernel.params.offsets | kernel.shared.offsets | kernel.local.offsets
+        self.addresses = {
+            **kernel.params.offsets, **kernel.shared.offsets, **kernel.local.offsets,
+            **{name: ctypes.addressof(buffer) for name, buffer in self.program.buffers.items()},
+        }  # fmt: skip
         self.last_use = _last_uses(kernel)
         self.temporaries: list[tuple[int, int]] = []
         self.labels: dict[str, int] = {}
@@ -166,6 +177,8 @@ class _Lowering:
     def finish(self) -> Program:
         program, width = self.program, len(_COLUMNS)
         for row, label in self.branches:
+            if label not in self.labels:
+                raise Unsupported(f"label {label}")
             program.rows[row * width + _COLUMNS.index("immediate")] = self.labels[label]
         size = len(self.file.constants) + -len(self.file.constants) % 64
         program.constants = bytes(self.file.constants.ljust(size, b"\0"))
@@ -293,6 +306,8 @@ class _Lowering:
         if opcode in NOTHING:
             return
         rule = _RULES.get(opcode, _Lowering.plain)
+        if "cc" in modifiers or opcode in ("addc", "subc", "madc"):
+            rule = _Lowering.carry
         rule(self, opcode, modifiers, statement.operands)
 
     def plain(self, opcode: str, modifiers: list[str], operands: list) -> None:
@@ -303,6 +318,13 @@ class _Lowering:
             flat,
             is_signed=bool(modifiers) and modifiers[0].startswith("s"),
         )
+
+    def carry(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        """Arithmetic that sets the carry flag, an operand behind the result here, or uses it, the last operand."""
+        self.kernel.register_types["%cc"] = "pred"
+        out, into = ["%cc"] * ("cc" in modifiers), ["%cc"] * opcode.endswith("c")
+        modifiers[-1] = modifiers[-1].replace("s", "u")
+        self.instruction(".".join([opcode, *modifiers]), [operands[0], *out, *operands[1:], *into])
 
     def move(self, opcode: str, modifiers: list[str], operands: list) -> None:
         (ptx_type,) = modifiers
@@ -317,7 +339,7 @@ class _Lowering:
                 return self.instruction(f"{name}.{whole}.{part}", flat())
         if _number(source, ptx_type) is not None and ptx_type.startswith("f"):
             source = str(_number(source, ptx_type))  # its bits
-        return self.instruction(f"mov.{whole}", operands[:1] + [source])
+        return self.instruction(f"mov.{whole}", [result, source])
 
     def select(self, opcode: str, modifiers: list[str], operands: list) -> None:
         result, *values, condition = operands

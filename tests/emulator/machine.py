@@ -10,7 +10,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,15 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parent / "simt"
 CACHE = Path(__file__).parents[2] / "build" / "emulator"
 ORDERS = ("forward", "reverse", "random")
-FLAGS = "-std=c++17 -O2 -march=native -fPIC -fno-math-errno -fno-trapping-math -w".split()
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-w",
+]
 
 
 class Fault(RuntimeError):
@@ -43,12 +50,20 @@ class Options:
     # copies of a value in several lanes differ in the last bit
     race: int = 2
     early_async: bool = False  # cp.async copies at once instead of when it is waited for
+    max_instructions: int = (
+        1_000_000_000  # of all warps; a kernel that runs longer is taken not to end
+    )
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [("seed", ctypes.c_uint64)] + [
-        (name, ctypes.c_int32) for name in ("order", "resident", "preempt", "race", "early_async")
-    ]
+    _fields_ = (
+        [("seed", ctypes.c_uint64)]
+        + [
+            (name, ctypes.c_int32)
+            for name in ("order", "resident", "preempt", "race", "early_async")
+        ]
+        + [("max_instructions", ctypes.c_uint64)]
+    )
 
 
 class _Buffer(ctypes.Structure):
@@ -69,7 +84,7 @@ def _compile(library: Path, compiler: str) -> None:
             subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", to])
             for source, to in objects.items()
         ]
-        if any([process.wait() for process in compilations]):
+        if max(process.wait() for process in compilations):
             raise RuntimeError(f"{compiler} cannot compile {SOURCES}")
         output = f"{folder}/{library.name}"
         subprocess.run([compiler, "-shared", *objects.values(), "-o", output], check=True)
@@ -135,7 +150,13 @@ class Machine:
     ) -> None:
         """Run a grid; `buffers` are all the memory it may access, as (address, number of bytes, name)."""
         size = ctypes.c_size_t
-        ranges = [_Buffer(start, start + length, name.encode()) for start, length, name in buffers]
+        constants = [
+            (ctypes.addressof(b), len(b), name) for name, b in self.program.buffers.items()
+        ]
+        ranges = [
+            _Buffer(start, start + length, name.encode())
+            for start, length, name in (*buffers, *constants)
+        ]
         order = ORDERS.index(options.order)
         settings = _Options(
             options.seed,
@@ -144,6 +165,7 @@ class Machine:
             options.preempt,
             options.race,
             options.early_async,
+            options.max_instructions,
         )
         message = _library().simt_launch(
             self._handle, params, size(len(params)), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),

@@ -71,6 +71,7 @@ class Kernel:
     param_sizes: list[int]
     shared: Variables  # static ones; those of dynamic size start behind them
     local: Variables  # of each thread
+    constants: dict[str, bytes]  # in global memory, with their values
     register_types: dict[str, str]  # "%r" of a family `%r<9>`, or a whole name -> "b32"
     body: list[Statement | Label]
 
@@ -97,6 +98,9 @@ _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S)
 _VARIABLE = re.compile(
     r"(\.extern\s+)?(?:\.(?:visible|weak|common)\s+)?\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?"
     r"\.(\w+)\s+([\w$.]+)(\[(\d*)\])?$"
+)
+_CONSTANT = re.compile(
+    r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[\d*\])?\s*=\s*\{?([^;{}]*)\}?\s*;"
 )
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\s+\.(?:global|shared|const|local))?(?:\s+\.align\s+\d+)?)?"
@@ -200,14 +204,26 @@ def read_kernels(text: str) -> dict[str, Kernel]:
         : min((found.start() for found in re.finditer(r"\.(entry|func)\b", text)), default=0)
     ]
     module_variables = re.findall(r"^\s*([^;{}\n]*\.shared\s[^;{}]*);", module, re.M)
+    constants = {
+        name: b"".join(
+            int(value.strip().rstrip("U"), 0).to_bytes(num_bytes(ptx_type), "little")
+            for value in values.split(",")
+        )
+        for ptx_type, name, values in _CONSTANT.findall(module)
+        if ptx_type[0] != "f"
+    }
     return {
-        entry[1]: _read_kernel(text, entry, files, module_variables)
+        entry[1]: _read_kernel(text, entry, files, module_variables, constants)
         for entry in _ENTRY.finditer(text)
     }
 
 
 def _read_kernel(
-    text: str, entry: re.Match, files: dict[str, str], module_variables: list[str]
+    text: str,
+    entry: re.Match,
+    files: dict[str, str],
+    module_variables: list[str],
+    constants: dict[str, bytes],
 ) -> Kernel:
     body = _Body(files)
     body.read(text, entry.end())
@@ -235,5 +251,12 @@ def _read_kernel(
     for name, alignment in dynamic:
         spaces["shared"].add(name, 0, alignment)
     return Kernel(
-        entry[1], params, param_sizes, spaces["shared"], spaces["local"], body.types, body.parts
+        name=entry[1],
+        params=params,
+        param_sizes=param_sizes,
+        shared=spaces["shared"],
+        local=spaces["local"],
+        constants={name: value for name, value in constants.items() if name in used},
+        register_types=body.types,
+        body=body.parts,
     )

@@ -1,45 +1,18 @@
 """Instructions of the emulator against numpy, torch and Python: each in a PTX kernel of its own few lines."""
 
 import math
-import struct
 
 import numpy as np
 import pytest
 import torch
-from emulator.lowering import lower
-from emulator.machine import Machine, Options, instructions
-from emulator.ptx import Unsupported, read_kernels
-
-HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
-REGISTERS = """
-    .reg .pred %p<9>; .reg .b16 %h<33>; .reg .b32 %r<99>; .reg .b64 %d<99>;
-"""
-
-
-def run_ptx(body, arrays, num_threads=32, grid=(1, 1, 1), shared_bytes=0, **options):
-    """Run the body of a kernel whose parameters are the addresses of the arrays, in %d90, %d91, ..., with %tid.x in %r90."""
-    params = ", ".join(f".param .u64 a{i}" for i in range(len(arrays)))
-    loads = "".join(f"ld.param.u64 %d{90 + i}, [a{i}];\n" for i in range(len(arrays)))
-    text = f"{HEADER}.extern .shared .align 16 .b8 smem[];\n.visible .entry k({params})\n{{{REGISTERS}{loads}"
-    text += f"mov.u32 %r90, %tid.x;\n{body}\nret;\n}}\n"
-    machine = Machine(lower(read_kernels(text)["k"]))
-    addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a.data_ptr() for a in arrays]
-    buffers = [
-        (address, a.nbytes, f"a{i}")
-        for i, (address, a) in enumerate(zip(addresses, arrays, strict=True))
-    ]
-    params = struct.pack(f"<{len(arrays)}Q", *addresses)
-    machine.launch(grid, (num_threads, 1, 1), shared_bytes, params, buffers, Options(**options))
-
-
-REGISTER = {"b8": "%h", "b16": "%h", "b32": "%r", "b64": "%d", "f32": "%r", "f64": "%d"}
+from emulator.run_ptx import run_ptx
 
 
 def run_instruction(opcode, *inputs, output):
     """`opcode` of the inputs, one thread an element; results and inputs are loaded and stored as bits of their width."""
     n = len(inputs[0])
     result = np.full(n, 0x55, dtype=output)
-    lines = ["mov.u32 %r91, %ctaid.x; shl.b32 %r91, %r91, 5; add.u32 %r90, %r90, %r91;"]
+    lines = ["mad.lo.u32 %r90, %r91, 32, %r90;"]
     names = []
     for i, array in enumerate([*inputs, result]):
         width = array.dtype.itemsize
@@ -56,7 +29,7 @@ def run_instruction(opcode, *inputs, output):
     else:
         lines.append(f"{opcode} {names[-1]}, {', '.join(names[:-1])};")
     lines.append(f"st.global.b{8 * result.dtype.itemsize} [%d{80 + len(inputs)}], {names[-1]};")
-    run_ptx("\n".join(lines), [*inputs, result], grid=(n // 32, 1, 1))
+    run_ptx("\n".join(lines), [*inputs, result], num_blocks=n // 32)
     return result
 
 
@@ -127,6 +100,34 @@ def test_integers(kind):
         ("ge", a >= b),
     ):
         assert (run_instruction(f"setp.{name}.{kind}", a, b, output="u2") == function).all(), name
+
+
+def test_carries():
+    """A product and a sum of 128 bits, word by word."""
+    x, y = (np.random.default_rng(seed).integers(0, 2**32, 4, dtype="u4") for seed in range(2))
+    x[1] = 2**32 - 1 - y[1]  # a carry that runs through
+    out = np.zeros(13, "u4")
+    load = "".join(
+        f"ld.global.b32 %r{10 + i}, [%d91+{4 * i}]; ld.global.b32 %r{20 + i}, [%d92+{4 * i}];"
+        for i in range(4)
+    )
+    body = load + """
+    add.cc.u32 %r30, %r10, %r20; addc.cc.u32 %r31, %r11, %r21; addc.cc.u32 %r32, %r12, %r22; addc.u32 %r33, %r13, %r23;
+    sub.cc.u32 %r34, %r10, %r20; subc.cc.u32 %r35, %r11, %r21; subc.cc.u32 %r36, %r12, %r22; subc.u32 %r37, %r13, %r23;
+    mul.lo.u32 %r38, %r10, %r20; mul.hi.u32 %r39, %r10, %r20;
+    mad.lo.cc.u32 %r39, %r11, %r20, %r39; madc.hi.u32 %r40, %r11, %r20, 0;
+    mad.lo.cc.u32 %r39, %r10, %r21, %r39; madc.hi.cc.u32 %r40, %r10, %r21, %r40; addc.u32 %r41, 0, 0;
+    mad.lo.cc.u32 %r40, %r11, %r21, %r40; madc.hi.u32 %r41, %r11, %r21, %r41;
+    """  # fmt: skip
+    body += "".join(f"st.global.b32 [%d90+{4 * i}], %r{30 + i};" for i in range(12))
+    run_ptx(body, [out, x, y], num_threads=1)
+
+    def number(words):
+        return sum(int(word) << 32 * i for i, word in enumerate(words))
+
+    assert number(out[:4]) == (number(x) + number(y)) % 2**128
+    assert number(out[4:8]) == (number(x) - number(y)) % 2**128
+    assert number(out[8:12]) == number(x[:2]) * number(y[:2])
 
 
 def bit_field(value, position, length, bits, signed):
@@ -283,9 +284,7 @@ def test_floats(dtype):
         assert_same(out, expected, name)
     assert_same(run_instruction(f"neg.{kind}", bits[0], output=bits[0].dtype), -a, "neg")
     assert_same(run_instruction(f"abs.{kind}", bits[0], output=bits[0].dtype), a.abs(), "abs")
-    if (
-        kind[-2:] == "16"
-    ):  # the sum in float64 is exact, or so far from a tie that its rounding does not matter
+    if kind[-2:] == "16":  # rounded once, from a sum that is exact in float64 or nearly so
         halves = [x.double() for x in (a, b, c)]
         expected = torch.tensor(
             [

@@ -10,7 +10,8 @@ std::vector<Entry>& table() {
   return entries;
 }
 
-void add_instruction(const std::string& name, std::initializer_list<const char*> types, Handler run) {
+void add_instruction(const std::string& name, std::initializer_list<const char*> types,
+                     Handler run) {
   std::string signature;
   for (const char* type : types) signature += (signature.empty() ? "=" : " ") + std::string(type);
   table().push_back({name, signature, run});
@@ -40,16 +41,20 @@ struct Row {
 
 extern "C" {
 
-// The table of instructions, one "name<tab>signature" a line; a row of a program names an entry by its line.
+// The table of instructions, one "name<tab>signature" a line; a row of a program names an entry by
+// its line.
 const char* simt_instructions() {
   static std::string text;
   if (text.empty())
-    for (const Entry& entry : all_instructions()) text += entry.name + "\t" + entry.signature + "\n";
+    for (const Entry& entry : all_instructions())
+      text += entry.name + "\t" + entry.signature + "\n";
   return text.c_str();
 }
 
-Program* simt_program(const Row* rows, size_t num_rows, const uint32_t* operands, size_t num_operands, const std::byte* constants,
-                      size_t constant_bytes, size_t register_bytes, size_t local_bytes, int global_granule, int shared_granule) {
+Program* simt_program(const Row* rows, size_t num_rows, const uint32_t* operands,
+                      size_t num_operands, const std::byte* constants, size_t constant_bytes,
+                      size_t register_bytes, size_t local_bytes, int global_granule,
+                      int shared_granule) {
   Program* program = new Program;
   program->operands.assign(operands, operands + num_operands);
   program->constants.assign(constants, constants + constant_bytes);
@@ -59,19 +64,22 @@ Program* simt_program(const Row* rows, size_t num_rows, const uint32_t* operands
   program->shared_granule = shared_granule;
   for (const Row* row = rows; row != rows + num_rows; ++row) {
     const Entry& entry = all_instructions()[row->entry];
-    program->code.push_back({entry.run, program->operands.data() + row->first_operand, row->immediate,
-                             static_cast<uint32_t>(row->guard), static_cast<uint16_t>(row->num_operands), entry.control,
-                             static_cast<Space>(row->space), static_cast<uint8_t>(row->order),
-                             static_cast<int8_t>(entry.member_mask), row->guard >= 0, row->is_negated != 0});
+    program->code.push_back(
+        {entry.run, program->operands.data() + row->first_operand, row->immediate,
+         static_cast<uint32_t>(row->guard), static_cast<uint16_t>(row->num_operands), entry.control,
+         static_cast<Space>(row->space), static_cast<uint8_t>(row->order),
+         static_cast<int8_t>(entry.member_mask), row->guard >= 0, row->is_negated != 0});
     program->is_label.push_back(row->is_label);
   }
   return program;
 }
 
 // Run a grid. Null, or what went wrong: "{@7}" in it stands for instruction 7.
-const char* simt_launch(const Program* program, const std::byte* params, size_t num_params, const Dim3* grid, const Dim3* block,
-                        uint32_t shared_bytes, const Options* options, const Buffer* buffers, size_t num_buffers) {
-  Launch launch(*program, *options, params, num_params, *grid, *block, shared_bytes, {buffers, buffers + num_buffers});
+const char* simt_launch(const Program* program, const std::byte* params, size_t num_params,
+                        const Dim3* grid, const Dim3* block, uint32_t shared_bytes,
+                        const Options* options, const Buffer* buffers, size_t num_buffers) {
+  Launch launch(*program, *options, params, num_params, *grid, *block, shared_bytes,
+                {buffers, buffers + num_buffers});
   try {
     launch.run();
     return nullptr;

@@ -16,24 +16,31 @@ To saturate(From value) {
   constexpr From kLimit = static_cast<From>(std::numeric_limits<To>::max());
   if (value != value) return 0;
   if (value >= kLimit) return std::numeric_limits<To>::max();
-  if (value <= static_cast<From>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
+  if (value <= static_cast<From>(std::numeric_limits<To>::min()))
+    return std::numeric_limits<To>::min();
   return static_cast<To>(value);
 }
 
 template <class To, class From>
 void integer_to_integer() {
-  define<To(From)>("cvt." + suffix<To>() + "." + suffix<From>(), [](From a) { return static_cast<To>(a); });
+  define<To(From)>("cvt." + suffix<To>() + "." + suffix<From>(),
+                   [](From a) { return static_cast<To>(a); });
 }
 
 template <class Integer, class Float>
 void float_and_integer() {
-  define<Float(Integer)>("cvt." + suffix<Float>() + "." + suffix<Integer>(), [](Integer a) { return static_cast<Float>(a); });
+  define<Float(Integer)>("cvt." + suffix<Float>() + "." + suffix<Integer>(),
+                         [](Integer a) { return static_cast<Float>(a); });
   if constexpr (sizeof(Integer) == 1) return;
   const std::string types = suffix<Integer>() + "." + suffix<Float>();
-  define<Integer(Float)>("cvt.rni." + types, [](Float a) { return saturate<Integer>(std::nearbyint(a)); });
-  define<Integer(Float)>("cvt.rzi." + types, [](Float a) { return saturate<Integer>(std::trunc(a)); });
-  define<Integer(Float)>("cvt.rmi." + types, [](Float a) { return saturate<Integer>(std::floor(a)); });
-  define<Integer(Float)>("cvt.rpi." + types, [](Float a) { return saturate<Integer>(std::ceil(a)); });
+  define<Integer(Float)>("cvt.rni." + types,
+                         [](Float a) { return saturate<Integer>(std::nearbyint(a)); });
+  define<Integer(Float)>("cvt.rzi." + types,
+                         [](Float a) { return saturate<Integer>(std::trunc(a)); });
+  define<Integer(Float)>("cvt.rmi." + types,
+                         [](Float a) { return saturate<Integer>(std::floor(a)); });
+  define<Integer(Float)>("cvt.rpi." + types,
+                         [](Float a) { return saturate<Integer>(std::ceil(a)); });
 }
 
 template <class Integer>
@@ -46,16 +53,19 @@ void conversions_of() {
   float_and_integer<Integer, double>();
   if constexpr (sizeof(Integer) <= 2) {  // wider ones would be rounded twice
     define<uint16_t(Integer)>("cvt.f16." + suffix<Integer>(), [](Integer a) { return to_f16(a); });
-    define<uint16_t(Integer)>("cvt.bf16." + suffix<Integer>(), [](Integer a) { return to_bf16(a); });
+    define<uint16_t(Integer)>("cvt.bf16." + suffix<Integer>(),
+                              [](Integer a) { return to_bf16(a); });
   }
-  define<Integer(uint16_t)>("cvt.rzi." + suffix<Integer>() + ".f16", [](uint16_t a) { return saturate<Integer>(std::trunc(from_f16(a))); });
+  define<Integer(uint16_t)>("cvt.rzi." + suffix<Integer>() + ".f16",
+                            [](uint16_t a) { return saturate<Integer>(std::trunc(from_f16(a))); });
 }
 
 void floats() {
   define<float(double)>("cvt.f32.f64", [](double a) { return static_cast<float>(a); });
   define<double(float)>("cvt.f64.f32", [](float a) { return double{a}; });
   define<float(float)>("cvt.f32.f32", [](float a) { return a; });
-  define<float(float)>("cvt.sat.f32.f32", [](float a) { return std::fmin(std::fmax(a, 0.0f), 1.0f); });
+  define<float(float)>("cvt.sat.f32.f32",
+                       [](float a) { return std::fmin(std::fmax(a, 0.0f), 1.0f); });
   define<float(float)>("cvt.rni.f32.f32", [](float a) { return std::nearbyint(a); });
   define<float(float)>("cvt.rzi.f32.f32", [](float a) { return std::trunc(a); });
   define<float(float)>("cvt.rmi.f32.f32", [](float a) { return std::floor(a); });
@@ -70,8 +80,10 @@ void floats() {
   define<uint16_t(float)>("cvt.f16.f32", [](float a) { return to_f16(a); });
   define<uint16_t(float)>("cvt.bf16.f32", [](float a) { return to_bf16(a); });
   // the first operand goes to the upper half
-  define<uint32_t(float, float)>("cvt.f16x2.f32", [](float a, float b) { return uint32_t{to_f16(a)} << 16 | to_f16(b); });
-  define<uint32_t(float, float)>("cvt.bf16x2.f32", [](float a, float b) { return uint32_t{to_bf16(a)} << 16 | to_bf16(b); });
+  define<uint32_t(float, float)>(
+      "cvt.f16x2.f32", [](float a, float b) { return uint32_t{to_f16(a)} << 16 | to_f16(b); });
+  define<uint32_t(float, float)>(
+      "cvt.bf16x2.f32", [](float a, float b) { return uint32_t{to_bf16(a)} << 16 | to_bf16(b); });
 }
 
 // mov between a register and a vector of `parts` narrower ones
@@ -84,22 +96,26 @@ void vectors() {
     parts_in += std::string(" ") + type_name<Part>();
     parts_out += std::string(p ? " =" : "=") + type_name<Part>();
   }
-  table().push_back({"pack." + type, std::string("=") + type_name<Whole>() + parts_in, [](Warp& warp, const Instruction& i, Mask lanes) {
-    for (int l = 0; l < kWarpSize; ++l) {
-      if (!(lanes >> l & 1)) continue;
-      Part parts[kParts];
-      for (int p = 0; p < kParts; ++p) parts[p] = warp.reg<Part>(i.operands[p + 1])[l];
-      std::memcpy(&warp.reg<Whole>(i.operands[0])[l], parts, sizeof parts);
-    }
-  }});
-  table().push_back({"unpack." + type, parts_out + " " + type_name<Whole>(), [](Warp& warp, const Instruction& i, Mask lanes) {
-    for (int l = 0; l < kWarpSize; ++l) {
-      if (!(lanes >> l & 1)) continue;
-      Part parts[kParts];
-      std::memcpy(parts, &warp.reg<Whole>(i.operands[kParts])[l], sizeof parts);
-      for (int p = 0; p < kParts; ++p) warp.reg<Part>(i.operands[p])[l] = parts[p];
-    }
-  }});
+  table().push_back({"pack." + type, std::string("=") + type_name<Whole>() + parts_in,
+                     [](Warp& warp, const Instruction& i, Mask lanes) {
+                       for (int l = 0; l < kWarpSize; ++l) {
+                         if (!(lanes >> l & 1)) continue;
+                         Part parts[kParts];
+                         for (int p = 0; p < kParts; ++p)
+                           parts[p] = warp.reg<Part>(i.operands[p + 1])[l];
+                         std::memcpy(&warp.reg<Whole>(i.operands[0])[l], parts, sizeof parts);
+                       }
+                     }});
+  table().push_back({"unpack." + type, parts_out + " " + type_name<Whole>(),
+                     [](Warp& warp, const Instruction& i, Mask lanes) {
+                       for (int l = 0; l < kWarpSize; ++l) {
+                         if (!(lanes >> l & 1)) continue;
+                         Part parts[kParts];
+                         std::memcpy(parts, &warp.reg<Whole>(i.operands[kParts])[l], sizeof parts);
+                         for (int p = 0; p < kParts; ++p)
+                           warp.reg<Part>(i.operands[p])[l] = parts[p];
+                       }
+                     }});
 }
 
 }  // namespace
@@ -112,8 +128,10 @@ void define_conversions() {
   vectors<uint16_t, uint8_t>();
   vectors<uint32_t, uint8_t>(), vectors<uint32_t, uint16_t>();
   vectors<uint64_t, uint8_t>(), vectors<uint64_t, uint16_t>(), vectors<uint64_t, uint32_t>();
-  conversions_of<int8_t>(), conversions_of<int16_t>(), conversions_of<int32_t>(), conversions_of<int64_t>();
-  conversions_of<uint8_t>(), conversions_of<uint16_t>(), conversions_of<uint32_t>(), conversions_of<uint64_t>();
+  conversions_of<int8_t>(), conversions_of<int16_t>(), conversions_of<int32_t>(),
+      conversions_of<int64_t>();
+  conversions_of<uint8_t>(), conversions_of<uint16_t>(), conversions_of<uint32_t>(),
+      conversions_of<uint64_t>();
   floats();
 }
 

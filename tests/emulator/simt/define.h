@@ -1,5 +1,5 @@
-// How handlers are written: a function of one lane's values becomes an instruction for all lanes. It is called for lanes
-// that are not active too, whose values may be anything, and must not trap.
+// How handlers are written: a function of one lane's values becomes an instruction for all lanes.
+// It is called for lanes that are not active too, whose values may be anything, and must not trap.
 #pragma once
 #include <tuple>
 #include <type_traits>
@@ -11,17 +11,50 @@ namespace simt {
 
 template <class T>
 constexpr const char* type_name();
-template <> constexpr const char* type_name<bool>() { return "pred"; }
-template <> constexpr const char* type_name<uint8_t>() { return "b8"; }
-template <> constexpr const char* type_name<int8_t>() { return "b8"; }
-template <> constexpr const char* type_name<uint16_t>() { return "b16"; }
-template <> constexpr const char* type_name<int16_t>() { return "b16"; }
-template <> constexpr const char* type_name<uint32_t>() { return "b32"; }
-template <> constexpr const char* type_name<int32_t>() { return "b32"; }
-template <> constexpr const char* type_name<uint64_t>() { return "b64"; }
-template <> constexpr const char* type_name<int64_t>() { return "b64"; }
-template <> constexpr const char* type_name<float>() { return "f32"; }
-template <> constexpr const char* type_name<double>() { return "f64"; }
+template <>
+constexpr const char* type_name<bool>() {
+  return "pred";
+}
+template <>
+constexpr const char* type_name<uint8_t>() {
+  return "b8";
+}
+template <>
+constexpr const char* type_name<int8_t>() {
+  return "b8";
+}
+template <>
+constexpr const char* type_name<uint16_t>() {
+  return "b16";
+}
+template <>
+constexpr const char* type_name<int16_t>() {
+  return "b16";
+}
+template <>
+constexpr const char* type_name<uint32_t>() {
+  return "b32";
+}
+template <>
+constexpr const char* type_name<int32_t>() {
+  return "b32";
+}
+template <>
+constexpr const char* type_name<uint64_t>() {
+  return "b64";
+}
+template <>
+constexpr const char* type_name<int64_t>() {
+  return "b64";
+}
+template <>
+constexpr const char* type_name<float>() {
+  return "f32";
+}
+template <>
+constexpr const char* type_name<double>() {
+  return "f64";
+}
 
 // The name that PTX has for the type, in opcodes: "s32".
 template <class T>
@@ -37,7 +70,8 @@ inline void assign(T* registers, const T* values, Mask lanes) {
   if (lanes == kAllLanes) {
     std::memcpy(registers, values, kWarpSize * sizeof(T));
   } else {
-    for (; lanes; lanes &= lanes - 1) registers[__builtin_ctz(lanes)] = values[__builtin_ctz(lanes)];
+    for (; lanes; lanes &= lanes - 1)
+      registers[__builtin_ctz(lanes)] = values[__builtin_ctz(lanes)];
   }
 }
 
@@ -46,7 +80,9 @@ const F* kept = nullptr;  // functions have no state; C++17 cannot construct the
 
 template <class F, class Result, class... Args>
 struct Lanes {
-  static void run(Warp& warp, const Instruction& i, Mask lanes) { run(warp, i, lanes, std::index_sequence_for<Args...>()); }
+  static void run(Warp& warp, const Instruction& i, Mask lanes) {
+    run(warp, i, lanes, std::index_sequence_for<Args...>());
+  }
 
   template <size_t... n>
   static void run(Warp& warp, const Instruction& i, Mask lanes, std::index_sequence<n...>) {
@@ -58,7 +94,8 @@ struct Lanes {
 };
 
 // One result and its arguments, by their types.
-void add_instruction(const std::string& name, std::initializer_list<const char*> types, Handler run);
+void add_instruction(const std::string& name, std::initializer_list<const char*> types,
+                     Handler run);
 
 template <class Signature>
 struct Definition;
@@ -68,11 +105,13 @@ struct Definition<Result(Args...)> {
   static void add(const std::string& name, const F& function) {
     static_assert(std::is_class_v<F>, "a lambda: each has a type of its own");
     if (!kept<F>) kept<F> = new F(function);
-    add_instruction(name, {type_name<Result>(), type_name<Args>()...}, &Lanes<F, Result, Args...>::run);
+    add_instruction(name, {type_name<Result>(), type_name<Args>()...},
+                    &Lanes<F, Result, Args...>::run);
   }
 };
 
-// An instruction `name` with one result, given as a function of one lane: define<float(float, float)>("add.f32", ...).
+// An instruction `name` with one result, given as a function of one lane: define<float(float,
+// float)>("add.f32", ...).
 template <class Signature, class F>
 void define(const std::string& name, const F& function) {
   Definition<Signature>::add(name, function);

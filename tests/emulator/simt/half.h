@@ -23,7 +23,8 @@ inline uint16_t to_bf16(float value) {
 }
 
 inline float from_f16(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits} << 16 & 0x80000000u, rest = uint32_t{bits} << 13 & 0x0FFFE000u;
+  const uint32_t sign = uint32_t{bits} << 16 & 0x80000000u,
+                 rest = uint32_t{bits} << 13 & 0x0FFFE000u;
   // a float whose exponent is too small by 112, which the product corrects, subnormals included
   const float value = bit_cast<float>(rest) * 0x1p112f;
   const uint32_t special = rest >= 0x0F800000u ? 0x7F800000u : 0;  // infinity, NaN

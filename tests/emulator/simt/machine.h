@@ -1,8 +1,10 @@
-// The machine of the emulator: a grid's blocks of warps, which execute the instructions of a program.
+// The machine of the emulator: a grid's blocks of warps, which execute the instructions of a
+// program.
 //
-// A warp executes one instruction for all its active threads at once, as the hardware does. A register is an array of 32
-// values, one per lane, in the warp's register file. Threads of a warp that diverge are groups of lanes with a place each in
-// the program; they merge where they meet. All that is undefined or illegal is a Fault, nothing is guessed.
+// A warp executes one instruction for all its active threads at once, as the hardware does. A
+// register is an array of 32 values, one per lane, in the warp's register file. Threads of a warp
+// that diverge are groups of lanes with a place each in the program; they merge where they meet.
+// All that is undefined or illegal is a Fault, nothing is guessed.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -55,16 +57,19 @@ struct Program {
   std::vector<bool> is_label;
   std::vector<std::byte> constants;  // the first registers of every warp's file
   size_t register_bytes, local_bytes;
-  int global_granule, shared_granule;  // log2 of the narrowest access: what shadow memory can tell apart
+  int global_granule,
+      shared_granule;  // log2 of the narrowest access: what shadow memory can tell apart
 };
 
 struct Options {
   uint64_t seed;
   int32_t order;     // 0 forward, 1 reverse, 2 random
   int32_t resident;  // blocks that run at the same time
-  int32_t preempt;   // mean number of instructions until another warp goes on; 0: only where it must wait
-  int32_t race;      // 0 off, 1 strict, 2: threads of a warp may write different values to one address
+  int32_t preempt;  // mean number of instructions until another warp goes on; 0: only where it must
+                    // wait
+  int32_t race;  // 0 off, 1 strict, 2: threads of a warp may write different values to one address
   int32_t early_async;  // cp.async copies at once, the other extreme of what is allowed
+  uint64_t max_instructions;
 };
 
 struct Buffer {
@@ -98,7 +103,8 @@ struct AsyncCopy {
   int num_bytes, source_bytes;
 };
 
-// Accesses that happened before: by a thread, or by all of a warp or block, up to a time. See shadow.h.
+// Accesses that happened before: by a thread, or by all of a warp or block, up to a time. See
+// shadow.h.
 using Clock = std::unordered_map<uint32_t, uint32_t>;
 
 struct Warp {
@@ -107,17 +113,18 @@ struct Warp {
   Mask exists;
   std::vector<Group> groups;
   std::vector<std::byte> register_file;
-  std::byte* registers;  // aligned, in register_file
+  std::byte* registers;          // aligned, in register_file
   std::vector<std::byte> local;  // of all lanes
 
-  uint32_t synced;  // time of the last bar.warp.sync of all lanes
+  uint32_t synced;                    // time of the last bar.warp.sync of all lanes
   std::vector<uint32_t> pair_synced;  // [lane * 32 + other], once there was one of some lanes
   struct {
     uint32_t time, warp_synced, block_synced;
   } fence[kWarpSize];
-  std::set<uintptr_t> observed[kWarpSize];  // addresses whose releases the lane's next fence acquires
+  std::set<uintptr_t>
+      observed[kWarpSize];  // addresses whose releases the lane's next fence acquires
 
-  std::vector<AsyncCopy> copies;  // those in flight
+  std::vector<AsyncCopy> copies;   // those in flight
   uint32_t copy_group[kWarpSize];  // the group that is open
 
   template <class T>
@@ -135,11 +142,11 @@ struct Block {
   uint32_t first_thread;  // its id
   std::vector<Warp> warps;
   std::vector<std::byte> shared_memory;
-  std::byte* shared;  // aligned as on the hardware
-  std::vector<Cell> cells;       // of shared memory
+  std::byte* shared;              // aligned as on the hardware
+  std::vector<Cell> cells;        // of shared memory
   std::vector<uint8_t> granules;  // state of shared memory
-  uint32_t synced;  // time of the last barrier
-  Clock acquired;   // what other blocks did before
+  uint32_t synced;                // time of the last barrier
+  Clock acquired;                 // what other blocks did before
   uint64_t num_at_barrier, num_exited;
   uint32_t barrier_pc;
 };
@@ -154,7 +161,7 @@ struct Launch {
   uint32_t shared_bytes;
   std::vector<Buffer> buffers;
 
-  std::vector<Block> blocks;   // the resident ones
+  std::vector<Block> blocks;  // the resident ones
   std::vector<Warp*> ready;
   uint32_t num_started = 0;
   uint32_t start_time;
@@ -164,10 +171,16 @@ struct Launch {
   const Instruction* current = nullptr;           // for the report of a fault
   uint64_t num_instructions = 0;
 
-  Launch(const Program& program, const Options& options, const std::byte* params, size_t num_params, Dim3 grid, Dim3 dim,
-         uint32_t shared_bytes, std::vector<Buffer> buffers)
-      : program(program), options(options), params(params), num_params(num_params), grid(grid), dim(dim),
-        shared_bytes(shared_bytes), buffers(std::move(buffers)) {}
+  Launch(const Program& program, const Options& options, const std::byte* params, size_t num_params,
+         Dim3 grid, Dim3 dim, uint32_t shared_bytes, std::vector<Buffer> buffers)
+      : program(program),
+        options(options),
+        params(params),
+        num_params(num_params),
+        grid(grid),
+        dim(dim),
+        shared_bytes(shared_bytes),
+        buffers(std::move(buffers)) {}
 
   void run();
 
@@ -186,7 +199,8 @@ extern uint32_t now;  // logical time: grows at each synchronisation, never goes
 std::string place(const Launch& launch, uint32_t pc);
 [[noreturn]] void fault(const Warp& warp, int lane, const std::string& message);
 
-// The table of instructions. Handlers are found by their name; the signature tells the types of the operands.
+// The table of instructions. Handlers are found by their name; the signature tells the types of the
+// operands.
 struct Entry {
   std::string name, signature;
   Handler run;

@@ -17,55 +17,71 @@ const char* verb(Access access) {
 }
 
 [[noreturn]] void wild(const Actor& actor, Access access, uintptr_t address) {
-  constexpr uintptr_t kNear = 1 << 16;
   const Launch& launch = *actor.warp.block->launch;
-  const int lane = std::max(actor.lane, 0);
-  const std::string what = std::string("global ") + verb(access) + " out of bounds: ";
+  std::string where = "the address is in no argument of the kernel";
+  uintptr_t nearest = 1 << 16;
   for (const Buffer& b : launch.buffers) {
-    if (address >= b.end && address - b.end < kNear)
-      fault(actor.warp, lane, what + std::to_string(address - b.end) + " bytes behind the end of '" + b.name + "'");
-    if (address < b.begin && b.begin - address < kNear)
-      fault(actor.warp, lane, what + std::to_string(b.begin - address) + " bytes before the start of '" + b.name + "'");
+    const bool is_behind = address >= b.end;
+    const uintptr_t distance = is_behind ? address - b.end : b.begin - address;
+    if (distance >= nearest) continue;
+    nearest = distance;
+    where = std::to_string(distance) +
+            (is_behind ? " bytes behind the end of '" : " bytes before the start of '") + b.name +
+            "'";
   }
-  fault(actor.warp, lane, what + "the address is in no argument of the kernel");
+  fault(actor.warp, std::max(actor.lane, 0),
+        std::string("global ") + verb(access) + " out of bounds: " + where);
 }
 
-std::byte* global_memory(const Actor& actor, Access access, uintptr_t address, size_t num_bytes, size_t alignment, const std::byte* stored) {
+std::byte* global_memory(const Actor& actor, Access access, uintptr_t address, size_t num_bytes,
+                         size_t alignment, const std::byte* stored) {
   Launch& launch = *actor.warp.block->launch;
   static size_t recent = 0;
-  const auto holds = [&](const Buffer& b) { return address >= b.begin && address + num_bytes <= b.end; };
+  const auto holds = [&](const Buffer& b) {
+    return address >= b.begin && address + num_bytes <= b.end;
+  };
   if (recent >= launch.buffers.size() || !holds(launch.buffers[recent])) {
     const auto found = std::find_if(launch.buffers.begin(), launch.buffers.end(), holds);
     if (found == launch.buffers.end()) {
       for (const Buffer& b : launch.buffers)
         if (address >= b.begin && address < b.end)
-          fault(actor.warp, std::max(actor.lane, 0), std::string("global ") + verb(access) + " of " + std::to_string(num_bytes) + " bytes over the end of '" + b.name + "'");
+          fault(actor.warp, std::max(actor.lane, 0),
+                std::string("global ") + verb(access) + " of " + std::to_string(num_bytes) +
+                    " bytes over the end of '" + b.name + "'");
       wild(actor, access, address);
     }
     recent = found - launch.buffers.begin();
   }
   if (address % alignment) {
     const Buffer& b = launch.buffers[recent];
-    fault(actor.warp, std::max(actor.lane, 0), std::string("misaligned global ") + verb(access) + " of " + std::to_string(num_bytes) + " bytes in '" + b.name + "' at byte " + std::to_string(address - b.begin));
+    fault(actor.warp, std::max(actor.lane, 0),
+          std::string("misaligned global ") + verb(access) + " of " + std::to_string(num_bytes) +
+              " bytes in '" + b.name + "' at byte " + std::to_string(address - b.begin));
   }
   std::byte* memory = reinterpret_cast<std::byte*>(address);
   if (launch.options.race) {
     const int granule = launch.program.global_granule;
-    check_cells(actor, access, global_cells(launch, address), num_bytes >> granule, granule, memory, stored);
+    check_cells(actor, access, global_cells(launch, address), num_bytes >> granule, granule, memory,
+                stored);
   }
   return memory;
 }
 
 }  // namespace
 
-std::byte* shared_memory(const Actor& actor, Access access, uint64_t offset, size_t num_bytes, size_t alignment, const std::byte* stored) {
+std::byte* shared_memory(const Actor& actor, Access access, uint64_t offset, size_t num_bytes,
+                         size_t alignment, const std::byte* stored) {
   Block& block = *actor.warp.block;
   const Launch& launch = *block.launch;
   const int granule = launch.program.shared_granule, lane = std::max(actor.lane, 0);
   if (offset + num_bytes > launch.shared_bytes || offset > launch.shared_bytes)
-    fault(actor.warp, lane, std::string("shared ") + verb(access) + " out of bounds: byte " + std::to_string(offset) + " of " + std::to_string(launch.shared_bytes));
+    fault(actor.warp, lane,
+          std::string("shared ") + verb(access) + " out of bounds: byte " + std::to_string(offset) +
+              " of " + std::to_string(launch.shared_bytes));
   if (offset % alignment)
-    fault(actor.warp, lane, std::string("misaligned shared ") + verb(access) + " of " + std::to_string(num_bytes) + " bytes at byte " + std::to_string(offset));
+    fault(actor.warp, lane,
+          std::string("misaligned shared ") + verb(access) + " of " + std::to_string(num_bytes) +
+              " bytes at byte " + std::to_string(offset));
   const size_t first = offset >> granule, count = num_bytes >> granule;
   uint8_t* states = &block.granules[first];
   if (access == Access::kWrite) {
@@ -73,10 +89,15 @@ std::byte* shared_memory(const Actor& actor, Access access, uint64_t offset, siz
   } else {
     for (size_t i = 0; i < count; ++i)
       if (states[i] != Block::kInitialised)
-        fault(actor.warp, lane, (states[i] == Block::kInFlight ? "read of the destination of a cp.async before its wait_group, shared memory at byte " : "read of uninitialised shared memory at byte ") + std::to_string(offset + (i << granule)));
+        fault(actor.warp, lane,
+              (states[i] == Block::kInFlight ? "read of the destination of a cp.async before its "
+                                               "wait_group, shared memory at byte "
+                                             : "read of uninitialised shared memory at byte ") +
+                  std::to_string(offset + (i << granule)));
   }
   std::byte* memory = block.shared + offset;
-  if (launch.options.race) check_cells(actor, access, &block.cells[first], count, granule, memory, stored);
+  if (launch.options.race)
+    check_cells(actor, access, &block.cells[first], count, granule, memory, stored);
   return memory;
 }
 
@@ -84,22 +105,27 @@ namespace {
 
 std::byte* local_memory(const Actor& actor, Access access, uint64_t offset, size_t num_bytes) {
   const size_t size = actor.warp.block->launch->program.local_bytes;
-  if (offset + num_bytes > size || offset > size) fault(actor.warp, actor.lane, std::string("local ") + verb(access) + " out of bounds");
+  if (offset + num_bytes > size || offset > size)
+    fault(actor.warp, actor.lane, std::string("local ") + verb(access) + " out of bounds");
   return actor.warp.local.data() + actor.lane * size + offset;
 }
 
 std::byte* param_memory(const Actor& actor, Access access, uint64_t offset, size_t num_bytes) {
   const Launch& launch = *actor.warp.block->launch;
-  if (access != Access::kRead) fault(actor.warp, actor.lane, "write to the parameters of the kernel");
-  if (offset + num_bytes > launch.num_params || offset > launch.num_params) fault(actor.warp, actor.lane, "read behind the parameters of the kernel");
+  if (access != Access::kRead)
+    fault(actor.warp, actor.lane, "write to the parameters of the kernel");
+  if (offset + num_bytes > launch.num_params || offset > launch.num_params)
+    fault(actor.warp, actor.lane, "read behind the parameters of the kernel");
   return const_cast<std::byte*>(launch.params) + offset;
 }
 
 // The checked memory of one lane's access.
-std::byte* memory_of(const Actor& actor, Space space, Access access, uint64_t address, size_t num_bytes, size_t alignment, const std::byte* stored = nullptr) {
+std::byte* memory_of(const Actor& actor, Space space, Access access, uint64_t address,
+                     size_t num_bytes, size_t alignment, const std::byte* stored = nullptr) {
   if (space == Space::kGeneric) {
     const Block& block = *actor.warp.block;
-    const uint64_t shared = reinterpret_cast<uintptr_t>(block.shared), local = reinterpret_cast<uintptr_t>(actor.warp.local.data());
+    const uint64_t shared = reinterpret_cast<uintptr_t>(block.shared),
+                   local = reinterpret_cast<uintptr_t>(actor.warp.local.data());
     if (address - shared < block.launch->shared_bytes) {
       space = Space::kShared;
       address -= shared;
@@ -110,7 +136,8 @@ std::byte* memory_of(const Actor& actor, Space space, Access access, uint64_t ad
       space = Space::kGlobal;
     }
   }
-  if (space == Space::kShared) return shared_memory(actor, access, address, num_bytes, alignment, stored);
+  if (space == Space::kShared)
+    return shared_memory(actor, access, address, num_bytes, alignment, stored);
   if (space == Space::kLocal) return local_memory(actor, access, address, num_bytes);
   if (space == Space::kParam) return param_memory(actor, access, address, num_bytes);
   return global_memory(actor, access, address, num_bytes, alignment, stored);
@@ -144,8 +171,11 @@ void load(Warp& warp, const Instruction& i, Mask lanes) {
   for_lanes(lanes, [&](int lane) {
     const Actor actor(warp, lane);
     const uint64_t address = address_of(warp, i, i.operands[count], lane);
-    const std::byte* memory = memory_of(actor, i.space, i.order & kStrong ? Access::kAtomic : Access::kRead, address, num_bytes, num_bytes);
-    for (int k = 0; k < count; ++k) std::memcpy(&warp.reg<T>(i.operands[k])[lane], memory + k * sizeof(T), sizeof(T));
+    const std::byte* memory =
+        memory_of(actor, i.space, i.order & kStrong ? Access::kAtomic : Access::kRead, address,
+                  num_bytes, num_bytes);
+    for (int k = 0; k < count; ++k)
+      std::memcpy(&warp.reg<T>(i.operands[k])[lane], memory + k * sizeof(T), sizeof(T));
     if (i.order & kStrong) after_strong(warp, i, lane, reinterpret_cast<uintptr_t>(memory));
   });
 }
@@ -158,9 +188,12 @@ void store(Warp& warp, const Instruction& i, Mask lanes) {
   std::byte values[32];
   for_lanes(lanes, [&](int lane) {
     const Actor actor(warp, lane);
-    for (int k = 0; k < count; ++k) std::memcpy(values + k * sizeof(T), &warp.reg<T>(i.operands[k + 1])[lane], sizeof(T));
+    for (int k = 0; k < count; ++k)
+      std::memcpy(values + k * sizeof(T), &warp.reg<T>(i.operands[k + 1])[lane], sizeof(T));
     const uint64_t address = address_of(warp, i, i.operands[0], lane);
-    std::byte* memory = memory_of(actor, i.space, i.order & kStrong ? Access::kAtomic : Access::kWrite, address, num_bytes, num_bytes, values);
+    std::byte* memory =
+        memory_of(actor, i.space, i.order & kStrong ? Access::kAtomic : Access::kWrite, address,
+                  num_bytes, num_bytes, values);
     if (i.order & kStrong) before_strong(warp, i, lane, reinterpret_cast<uintptr_t>(memory));
     std::memcpy(memory, values, num_bytes);
   });
@@ -178,7 +211,8 @@ void atomic(Warp& warp, const Instruction& i, Mask lanes) {
     before_strong(warp, i, lane, reinterpret_cast<uintptr_t>(memory));
     T old;
     std::memcpy(&old, memory, sizeof old);
-    const T value = warp.reg<T>(operand[1])[lane], other = is_exchange ? warp.reg<T>(operand[2])[lane] : T();
+    const T value = warp.reg<T>(operand[1])[lane],
+            other = is_exchange ? warp.reg<T>(operand[2])[lane] : T();
     const T result = (*kept<F>)(old, value, other);
     std::memcpy(memory, &result, sizeof result);
     if (has_result) {
@@ -200,12 +234,19 @@ void define_atomics() {
   const auto add = [](auto old, auto value, auto) { return decltype(old)(old + value); };
   const auto least = [](auto old, auto value, auto) { return std::min(old, value); };
   const auto most = [](auto old, auto value, auto) { return std::max(old, value); };
-  define_atomic<uint32_t>("add.u32", add), define_atomic<int32_t>("add.s32", add), define_atomic<uint64_t>("add.u64", add);
+  define_atomic<uint32_t>("add.u32", add), define_atomic<int32_t>("add.s32", add),
+      define_atomic<uint64_t>("add.u64", add);
   define_atomic<float>("add.f32", add), define_atomic<double>("add.f64", add);
-  define_atomic<uint16_t>("add.f16", [](uint16_t old, uint16_t value, uint16_t) { return to_f16(from_f16(old) + from_f16(value)); });
-  define_atomic<uint16_t>("add.bf16", [](uint16_t old, uint16_t value, uint16_t) { return to_bf16(from_bf16(old) + from_bf16(value)); });
-  define_atomic<uint32_t>("min.u32", least), define_atomic<int32_t>("min.s32", least), define_atomic<uint64_t>("min.u64", least), define_atomic<int64_t>("min.s64", least);
-  define_atomic<uint32_t>("max.u32", most), define_atomic<int32_t>("max.s32", most), define_atomic<uint64_t>("max.u64", most), define_atomic<int64_t>("max.s64", most);
+  define_atomic<uint16_t>("add.f16", [](uint16_t old, uint16_t value, uint16_t) {
+    return to_f16(from_f16(old) + from_f16(value));
+  });
+  define_atomic<uint16_t>("add.bf16", [](uint16_t old, uint16_t value, uint16_t) {
+    return to_bf16(from_bf16(old) + from_bf16(value));
+  });
+  define_atomic<uint32_t>("min.u32", least), define_atomic<int32_t>("min.s32", least),
+      define_atomic<uint64_t>("min.u64", least), define_atomic<int64_t>("min.s64", least);
+  define_atomic<uint32_t>("max.u32", most), define_atomic<int32_t>("max.s32", most),
+      define_atomic<uint64_t>("max.u64", most), define_atomic<int64_t>("max.s64", most);
   const auto bitwise = [](auto type) {
     using T = decltype(type);
     const std::string name = type_name<T>();
@@ -213,11 +254,16 @@ void define_atomics() {
     define_atomic<T>("or." + name, [](T old, T value, T) { return T(old | value); });
     define_atomic<T>("xor." + name, [](T old, T value, T) { return T(old ^ value); });
     define_atomic<T>("exch." + name, [](T, T value, T) { return value; });
-    define_atomic<T>("cas." + name, [](T old, T expected, T value) { return old == expected ? value : old; }, true);
+    define_atomic<T>(
+        "cas." + name, [](T old, T expected, T value) { return old == expected ? value : old; },
+        true);
   };
   bitwise(uint32_t()), bitwise(uint64_t());
-  define_atomic<uint32_t>("inc.u32", [](uint32_t old, uint32_t limit, uint32_t) { return old >= limit ? 0 : old + 1; });
-  define_atomic<uint32_t>("dec.u32", [](uint32_t old, uint32_t limit, uint32_t) { return old == 0 || old > limit ? limit : old - 1; });
+  define_atomic<uint32_t>(
+      "inc.u32", [](uint32_t old, uint32_t limit, uint32_t) { return old >= limit ? 0 : old + 1; });
+  define_atomic<uint32_t>("dec.u32", [](uint32_t old, uint32_t limit, uint32_t) {
+    return old == 0 || old > limit ? limit : old - 1;
+  });
 }
 
 // ---- cp.async: until its group is waited for, the destination is in flight and nobody may read it
@@ -225,7 +271,8 @@ void define_atomics() {
 void finish(Warp& warp, const AsyncCopy& copy) {
   std::byte values[16] = {};
   std::memcpy(values, copy.source, copy.source_bytes);
-  std::byte* memory = shared_memory(Actor(warp, copy.lane), Access::kWrite, copy.destination, copy.num_bytes, copy.num_bytes, values);
+  std::byte* memory = shared_memory(Actor(warp, copy.lane), Access::kWrite, copy.destination,
+                                    copy.num_bytes, copy.num_bytes, values);
   std::memcpy(memory, values, copy.num_bytes);
 }
 
@@ -240,10 +287,18 @@ void async_copy(Warp& warp, const Instruction& i, Mask lanes) {
     const uint32_t num_bytes = warp.reg<uint32_t>(i.operands[2])[lane];
     const uint32_t source_bytes = std::min(warp.reg<uint32_t>(i.operands[3])[lane], num_bytes);
     if (source_bytes) global_memory(actor, Access::kRead, source, source_bytes, 1, nullptr);
-    if (source_bytes && source % num_bytes) fault(warp, lane, "misaligned global read of a cp.async of " + std::to_string(num_bytes) + " bytes");
-    const AsyncCopy copy{lane, warp.copy_group[lane], destination, reinterpret_cast<const std::byte*>(source), static_cast<int>(num_bytes), static_cast<int>(source_bytes)};
+    if (source_bytes && source % num_bytes)
+      fault(warp, lane,
+            "misaligned global read of a cp.async of " + std::to_string(num_bytes) + " bytes");
+    const AsyncCopy copy{lane,
+                         warp.copy_group[lane],
+                         destination,
+                         reinterpret_cast<const std::byte*>(source),
+                         static_cast<int>(num_bytes),
+                         static_cast<int>(source_bytes)};
     if (launch.options.early_async) return finish(warp, copy);
-    std::byte* memory = shared_memory(actor, Access::kWrite, destination, num_bytes, num_bytes, nullptr);
+    std::byte* memory =
+        shared_memory(actor, Access::kWrite, destination, num_bytes, num_bytes, nullptr);
     std::memset(memory, 0xFF, num_bytes);
     const int granule = launch.program.shared_granule;
     std::fill_n(&block.granules[destination >> granule], num_bytes >> granule, Block::kInFlight);
@@ -263,14 +318,17 @@ void async_wait(Warp& warp, const Instruction& i, Mask lanes) {
   };
   for (const AsyncCopy& copy : warp.copies)
     if (is_done(copy)) finish(warp, copy);
-  warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(), is_done), warp.copies.end());
+  warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(), is_done),
+                    warp.copies.end());
 }
 
 void async_wait_all(Warp& warp, const Instruction& i, Mask lanes) {
   async_commit(warp, i, lanes);
   for (const AsyncCopy& copy : warp.copies)
     if (lanes >> copy.lane & 1) finish(warp, copy);
-  warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(), [&](const AsyncCopy& copy) { return lanes >> copy.lane & 1; }), warp.copies.end());
+  warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(),
+                                   [&](const AsyncCopy& copy) { return lanes >> copy.lane & 1; }),
+                    warp.copies.end());
 }
 
 // ---- generic addresses
@@ -279,7 +337,8 @@ template <bool to_generic>
 void convert_shared(Warp& warp, const Instruction& i, Mask lanes) {
   const uint64_t base = reinterpret_cast<uintptr_t>(warp.block->shared);
   for_lanes(lanes, [&](int lane) {
-    warp.reg<uint64_t>(i.operands[0])[lane] = warp.reg<uint64_t>(i.operands[1])[lane] + (to_generic ? base : -base);
+    warp.reg<uint64_t>(i.operands[0])[lane] =
+        warp.reg<uint64_t>(i.operands[1])[lane] + (to_generic ? base : -base);
   });
 }
 
@@ -288,7 +347,8 @@ void convert_local(Warp& warp, const Instruction& i, Mask lanes) {
   const size_t size = warp.block->launch->program.local_bytes;
   for_lanes(lanes, [&](int lane) {
     const uint64_t base = reinterpret_cast<uintptr_t>(warp.local.data()) + lane * size;
-    warp.reg<uint64_t>(i.operands[0])[lane] = warp.reg<uint64_t>(i.operands[1])[lane] + (to_generic ? base : -base);
+    warp.reg<uint64_t>(i.operands[0])[lane] =
+        warp.reg<uint64_t>(i.operands[1])[lane] + (to_generic ? base : -base);
   });
 }
 
@@ -304,7 +364,9 @@ void define_type() {
 void define_memory() {
   define_type<uint8_t>(), define_type<uint16_t>(), define_type<uint32_t>(), define_type<uint64_t>();
   define_atomics();
-  table().push_back({"fence", "", [](Warp& warp, const Instruction&, Mask lanes) { for_lanes(lanes, [&](int lane) { fence(warp, lane); }); }});
+  table().push_back({"fence", "", [](Warp& warp, const Instruction&, Mask lanes) {
+                       for_lanes(lanes, [&](int lane) { fence(warp, lane); });
+                     }});
   table().push_back({"cp.async", "b32 address b32 b32", &async_copy});
   table().push_back({"cp.async.commit_group", "", &async_commit});
   table().push_back({"cp.async.wait_group", "b32", &async_wait});

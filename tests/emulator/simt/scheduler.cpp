@@ -1,4 +1,5 @@
-// The scheduler: blocks, warps and the groups of lanes that diverge, barriers, and what can go wrong with them.
+// The scheduler: blocks, warps and the groups of lanes that diverge, barriers, and what can go
+// wrong with them.
 #include <algorithm>
 
 #include "shadow.h"
@@ -7,8 +8,6 @@ namespace simt {
 
 namespace {
 
-// nothing that a test launches runs longer; a kernel that waits for what never comes does
-constexpr uint64_t kMostInstructions = 4'000'000'000;
 constexpr int64_t kLongestSlice = 1 << 20;
 constexpr uint32_t kMostThreads = 1u << 29;
 
@@ -27,7 +26,8 @@ int first_lane(Mask lanes) { return __builtin_ctz(lanes); }
 uint32_t Warp::thread_id(int lane) const { return block->first_thread + index * kWarpSize + lane; }
 
 std::string Warp::name(int lane) const {
-  const Dim3 t = block->launch->dim.at(index * kWarpSize + lane), b = block->launch->grid.at(block->index);
+  const Dim3 t = block->launch->dim.at(index * kWarpSize + lane),
+             b = block->launch->grid.at(block->index);
   const auto text = [](Dim3 d) {
     return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
   };
@@ -38,15 +38,19 @@ std::string place(const Launch&, uint32_t pc) { return "{@" + std::to_string(pc)
 
 void fault(const Warp& warp, int lane, const std::string& message) {
   const Launch& launch = *warp.block->launch;
-  std::string where = launch.current ? ", " + place(launch, launch.current - launch.program.code.data()) : "";
+  std::string where =
+      launch.current ? ", " + place(launch, launch.current - launch.program.code.data()) : "";
   throw Fault(message + " [" + warp.name(lane) + where + "]");
 }
 
 void Launch::run() {
   if (!grid.count()) return;
-  if (!dim.count() || dim.count() > 1024 || dim.z > 64) throw Fault("launch of " + std::to_string(dim.count()) + " threads a block");
-  if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF) throw Fault("launch of too large a grid");
-  if (grid.count() * dim.count() > kMostThreads) throw Fault("launch of more threads than the emulator can name");
+  if (!dim.count() || dim.count() > 1024 || dim.z > 64)
+    throw Fault("launch of " + std::to_string(dim.count()) + " threads a block");
+  if (grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF)
+    throw Fault("launch of too large a grid");
+  if (grid.count() * dim.count() > kMostThreads)
+    throw Fault("launch of more threads than the emulator can name");
   begin_launch();
   start_time = ++now;
   random.seed(static_cast<uint32_t>(options.seed * 2654435761u + 1));
@@ -54,7 +58,8 @@ void Launch::run() {
 
   const uint32_t num_blocks = static_cast<uint32_t>(grid.count());
   block_order.resize(num_blocks);
-  for (uint32_t i = 0; i < num_blocks; ++i) block_order[i] = options.order == 1 ? num_blocks - 1 - i : i;
+  for (uint32_t i = 0; i < num_blocks; ++i)
+    block_order[i] = options.order == 1 ? num_blocks - 1 - i : i;
   if (options.order == 2) std::shuffle(block_order.begin(), block_order.end(), random);
 
   blocks.resize(std::min<uint32_t>(std::max(options.resident, 1), num_blocks));
@@ -134,24 +139,28 @@ void Launch::start(Block& block) {
 void Launch::run_slice(Warp& warp) {
   int64_t budget = options.preempt > 0 ? 1 + random() % (2 * options.preempt) : kLongestSlice;
   num_instructions += budget;
-  if (num_instructions > kMostInstructions) fault(warp, 0, "the kernel does not end");
+  if (num_instructions > options.max_instructions) fault(warp, 0, "the kernel does not end");
   while (!warp.groups.empty()) {
     // groups that stand at the same instruction go on together
     for (size_t i = 0; i < warp.groups.size(); ++i)
       for (size_t j = warp.groups.size() - 1; j > i; --j)
-        if (warp.groups[i].pc == warp.groups[j].pc && warp.groups[i].state != Group::kAtBarrier && warp.groups[j].state != Group::kAtBarrier) {
+        if (warp.groups[i].pc == warp.groups[j].pc && warp.groups[i].state != Group::kAtBarrier &&
+            warp.groups[j].state != Group::kAtBarrier) {
           warp.groups[i].lanes |= warp.groups[j].lanes;
           warp.groups[i].state = Group::kReady;
           warp.groups.erase(warp.groups.begin() + j);
         }
-    // the one furthest behind goes first, so that they meet again; sometimes another one, which it may wait for
+    // the one furthest behind goes first, so that they meet again; sometimes another one, which it
+    // may wait for
     size_t next = warp.groups.size();
     const bool at_random = warp.groups.size() > 1 && random() % 8 == 0;
     uint32_t num_ready = 0;
     for (size_t i = 0; i < warp.groups.size(); ++i) {
       if (warp.groups[i].state != Group::kReady) continue;
       ++num_ready;
-      if (next == warp.groups.size() || (at_random ? random() % num_ready == 0 : warp.groups[i].pc < warp.groups[next].pc)) next = i;
+      if (next == warp.groups.size() ||
+          (at_random ? random() % num_ready == 0 : warp.groups[i].pc < warp.groups[next].pc))
+        next = i;
     }
     if (next == warp.groups.size()) {
       for (const Group& group : warp.groups)
@@ -159,8 +168,11 @@ void Launch::run_slice(Warp& warp) {
           current = &program.code[group.pc];
           std::string others;
           for (const Group& other : warp.groups)
-            if (&other != &group) others += " " + warp.name(first_lane(other.lanes)) + " waits at " + place(*this, other.pc) + ";";
-          fault(warp, first_lane(group.lanes), "warp divergence: a warp operation waits for lanes that are elsewhere;" + others);
+            if (&other != &group)
+              others += " " + warp.name(first_lane(other.lanes)) + " waits at " +
+                        place(*this, other.pc) + ";";
+          fault(warp, first_lane(group.lanes),
+                "warp divergence: a warp operation waits for lanes that are elsewhere;" + others);
         }
       break;  // all at the barrier
     }
@@ -168,7 +180,7 @@ void Launch::run_slice(Warp& warp) {
     const bool can_go_on = std::any_of(warp.groups.begin(), warp.groups.end(),
                                        [](const Group& g) { return g.state == Group::kReady; });
     if (budget <= 0 && can_go_on) {
-      ready.push_back(&warp);
+      ready.insert(options.order == 1 ? ready.begin() : ready.end(), &warp);  // behind all others
       return;
     }
   }
@@ -202,19 +214,25 @@ void Launch::run_group(Warp& warp, size_t index, int64_t& budget) {
       warp.groups.push_back({pc + 1, lanes & ~active, Group::kReady});  // `pc` is no longer valid
     }
     switch (instruction.control) {
-      case Control::kBranch: warp.groups[index].pc = static_cast<uint32_t>(instruction.immediate); break;
-      case Control::kExit: return exit(warp, index);
-      case Control::kBarrier: return arrive_barrier(warp, index);
+      case Control::kBranch:
+        warp.groups[index].pc = static_cast<uint32_t>(instruction.immediate);
+        break;
+      case Control::kExit:
+        return exit(warp, index);
+      case Control::kBarrier:
+        return arrive_barrier(warp, index);
       case Control::kCollective:
         if (!arrive_collective(warp, index)) return;
         break;
-      case Control::kNone: break;
+      case Control::kNone:
+        break;
     }
     if (is_split) return;
   }
 }
 
-// Run a warp operation for the lanes whose partners are all here; the others wait. True if none has to.
+// Run a warp operation for the lanes whose partners are all here; the others wait. True if none has
+// to.
 bool Launch::arrive_collective(Warp& warp, size_t index) {
   Group& group = warp.groups[index];
   const Instruction& instruction = program.code[group.pc];
@@ -231,10 +249,15 @@ bool Launch::arrive_collective(Warp& warp, size_t index) {
       for (Mask m = group.lanes; m; m &= m - 1)
         if (masks[first_lane(m)] == members) same |= 1u << first_lane(m);
     }
-    if (!(members >> lane & 1)) fault(warp, lane, "warp operation: the calling lane is not in its own mask");
-    if (members & ~warp.exists) fault(warp, lane, "warp operation: the mask names lanes that the warp does not have");
+    if (same & ~members)
+      fault(warp, first_lane(same & ~members),
+            "warp operation: the calling lane is not in its own mask");
+    if (members & ~warp.exists)
+      fault(warp, lane, "warp operation: the mask names lanes that the warp does not have");
     if (members & ~existing)
-      fault(warp, lane, "warp operation: it waits for " + warp.name(first_lane(members & ~existing)) + ", which has exited");
+      fault(warp, lane,
+            "warp operation: it waits for " + warp.name(first_lane(members & ~existing)) +
+                ", which has exited");
     if (members & group.lanes & ~same)
       fault(warp, lane, "warp operation: lanes of one mask come with different masks");
     if ((members & ~group.lanes) == 0) {
@@ -258,9 +281,13 @@ void Launch::arrive_barrier(Warp& warp, size_t index) {
   Group& group = warp.groups[index];
   Block& block = *warp.block;
   const int lane = first_lane(group.lanes);
-  if (block.num_exited) fault(warp, lane, "barrier divergence: a thread waits at a barrier, others of its block have exited");
+  if (block.num_exited)
+    fault(warp, lane,
+          "barrier divergence: a thread waits at a barrier, others of its block have exited");
   if (block.num_at_barrier && block.barrier_pc != group.pc)
-    fault(warp, lane, "barrier divergence: other threads of the block wait at another barrier, " + place(*this, block.barrier_pc));
+    fault(warp, lane,
+          "barrier divergence: other threads of the block wait at another barrier, " +
+              place(*this, block.barrier_pc));
   group.state = Group::kAtBarrier;
   block.barrier_pc = group.pc;
   block.num_at_barrier += __builtin_popcount(group.lanes);
@@ -280,7 +307,9 @@ void Launch::exit(Warp& warp, size_t index) {
   Block& block = *warp.block;
   const Mask lanes = warp.groups[index].lanes;
   if (block.num_at_barrier)
-    fault(warp, first_lane(lanes), "barrier divergence: a thread exits, others of its block wait at a barrier, " + place(*this, block.barrier_pc));
+    fault(warp, first_lane(lanes),
+          "barrier divergence: a thread exits, others of its block wait at a barrier, " +
+              place(*this, block.barrier_pc));
   block.num_exited += __builtin_popcount(lanes);
   warp.groups.erase(warp.groups.begin() + index);
 }

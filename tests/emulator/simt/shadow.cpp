@@ -16,7 +16,8 @@ constexpr uint32_t kAtomicFlag = 1u << 31;
 constexpr uint32_t kWarpFlag = 1u << 29, kBlockFlag = 2u << 29, kGridFlag = 3u << 29;
 constexpr uint32_t kScope = 3u << 29, kThread = (1u << 29) - 1;
 
-// An access was by one thread, or by several of one warp, block or grid: then `who` holds the flag and the first thread.
+// An access was by one thread, or by several of one warp, block or grid: then `who` holds the flag
+// and the first thread.
 bool is_in(const Block& block, uint32_t who) {
   const size_t num_threads = block.launch->dim.count();
   return (who & kThread) - block.first_thread < num_threads;
@@ -24,6 +25,7 @@ bool is_in(const Block& block, uint32_t who) {
 
 // Is the time before what `block` acquired from the other thread, its warp or its block?
 bool is_acquired(const Block& block, uint32_t who, uint32_t time) {
+  if (block.acquired.empty()) return false;
   const Launch& launch = *block.launch;
   const uint32_t num_threads = static_cast<uint32_t>(launch.dim.count());
   const uint32_t thread = who & kThread, first = thread - thread % num_threads;
@@ -68,10 +70,15 @@ std::string describe(const Launch& launch, uint32_t who) {
   };
   const std::string block = "block " + text(launch.grid.at(thread / num_threads));
   switch (who & kScope) {
-    case 0: return "thread " + text(launch.dim.at(thread % num_threads)) + " of " + block;
-    case kWarpFlag: return "several threads of warp " + std::to_string(thread % num_threads / kWarpSize) + " of " + block;
-    case kBlockFlag: return "several warps of " + block;
-    default: return "several blocks";
+    case 0:
+      return "thread " + text(launch.dim.at(thread % num_threads)) + " of " + block;
+    case kWarpFlag:
+      return "several threads of warp " + std::to_string(thread % num_threads / kWarpSize) +
+             " of " + block;
+    case kBlockFlag:
+      return "several warps of " + block;
+    default:
+      return "several blocks";
   }
 }
 
@@ -87,24 +94,27 @@ std::string describe(const Launch& launch, uint32_t who) {
   } else {
     const uintptr_t a = reinterpret_cast<uintptr_t>(address);
     for (const Buffer& b : launch.buffers)
-      if (a >= b.begin && a < b.end) where = std::string("'") + b.name + "' at byte " + std::to_string(a - b.begin);
+      if (a >= b.begin && a < b.end)
+        where = std::string("'") + b.name + "' at byte " + std::to_string(a - b.begin);
   }
   fault(actor.warp, std::max(actor.lane, 0),
-        "data race on " + where + ": " + names[static_cast<int>(access)] + " after a" + earlier + " of " +
-            describe(launch, who) + ", without synchronisation between them");
+        "data race on " + where + ": " + names[static_cast<int>(access)] + " after a" + earlier +
+            " of " + describe(launch, who) + ", without synchronisation between them");
 }
 
 // The reads that a cell remembers after one more of them.
 void add_reader(Cell& cell, const Actor& actor, uint32_t start_time) {
   const uint32_t me = actor.lane == Actor::kWholeWarp ? kWarpFlag | actor.id : actor.id;
-  if (cell.read_time < start_time || cell.reader == me || happened_before(actor, cell.reader, cell.read_time)) {
+  if (cell.read_time < start_time || cell.reader == me ||
+      happened_before(actor, cell.reader, cell.read_time)) {
     cell.reader = me;
   } else if ((cell.reader & kScope) != kGridFlag) {
     const Block& block = *actor.warp.block;
     const uint32_t first_of_warp = block.first_thread + actor.warp.index * kWarpSize;
     if (!is_in(block, cell.reader))
       cell.reader = kGridFlag;
-    else if ((cell.reader & kScope) != kBlockFlag && (cell.reader & kThread) - first_of_warp < kWarpSize)
+    else if ((cell.reader & kScope) != kBlockFlag &&
+             (cell.reader & kThread) - first_of_warp < kWarpSize)
       cell.reader = kWarpFlag | first_of_warp;
     else
       cell.reader = kBlockFlag | block.first_thread;
@@ -113,7 +123,8 @@ void add_reader(Cell& cell, const Actor& actor, uint32_t start_time) {
 }
 
 struct Page {
-  Cell cells[kPageBytes];  // as many of them are used, and touched, as a launch has granules in a page
+  Cell cells[kPageBytes];  // as many of them are used, and touched, as a launch has granules in a
+                           // page
 };
 struct Free {
   void operator()(Page* page) const { std::free(page); }
@@ -158,7 +169,9 @@ void check_cells(const Actor& actor, Access access, Cell* cells, size_t count, i
   const size_t width = size_t{1} << granule;
 
   const auto is_ordered = [&](uint32_t who, uint32_t time) {
-    return time < start || (time < block_synced && (who & kThread) - first < num_threads && (who & kScope) != kGridFlag) ||
+    return time < start ||
+           (time < block_synced && (who & kThread) - first < num_threads &&
+            (who & kScope) != kGridFlag) ||
            happened_before(actor, who, time);
   };
   for (size_t i = 0; i < count; ++i) {
@@ -166,12 +179,14 @@ void check_cells(const Actor& actor, Access access, Cell* cells, size_t count, i
     const uint32_t writer = cell.writer & kThread;
     const bool was_atomic = cell.writer & kAtomicFlag;
     if (!(access == Access::kAtomic && was_atomic) && !is_ordered(writer, cell.write_time)) {
-      const bool same_warp = is_in(block, writer) && (writer - first) / kWarpSize == static_cast<uint32_t>(warp.index);
+      const bool same_warp =
+          is_in(block, writer) && (writer - first) / kWarpSize == static_cast<uint32_t>(warp.index);
       const bool is_harmless =
           access == Access::kWrite && !was_atomic &&
           ((launch.options.race == 2 && same_warp) ||
            (stored && std::memcmp(memory + i * width, stored + i * width, width) == 0));
-      if (!is_harmless) race(actor, access, was_atomic ? "n atomic" : " write", writer, i * width, memory);
+      if (!is_harmless)
+        race(actor, access, was_atomic ? "n atomic" : " write", writer, i * width, memory);
     }
     if (access == Access::kRead) {
       if (cell.read_time < start) {
@@ -181,7 +196,8 @@ void check_cells(const Actor& actor, Access access, Cell* cells, size_t count, i
         add_reader(cell, actor, start);
       }
     } else {
-      if (!is_ordered(cell.reader, cell.read_time)) race(actor, access, " read", cell.reader, i * width, memory);
+      if (!is_ordered(cell.reader, cell.read_time))
+        race(actor, access, " read", cell.reader, i * width, memory);
       cell.writer = actor.id | (access == Access::kAtomic ? kAtomicFlag : 0);
       cell.write_time = now;
       cell.read_time = 0;

@@ -1,9 +1,10 @@
-// Shadow memory: who accessed a granule of memory last, and whether that happened before what a thread does now.
+// Shadow memory: who accessed a granule of memory last, and whether that happened before what a
+// thread does now.
 //
-// Time is a counter that grows at each synchronisation. An access at time t happened before another one if both threads
-// passed, after t, the same barrier; or if the first thread released and the second one acquired, through an atomic, a
-// time after t. The last write is kept exactly; of the reads since then their thread, or that they were of one
-// warp, one block, or several blocks.
+// Time is a counter that grows at each synchronisation. An access at time t happened before another
+// one if both threads passed, after t, the same barrier; or if the first thread released and the
+// second one acquired, through an atomic, a time after t. The last write is kept exactly; of the
+// reads since then their thread, or that they were of one warp, one block, or several blocks.
 #pragma once
 #include "machine.h"
 
@@ -23,8 +24,9 @@ struct Actor {
 constexpr uintptr_t kPageBytes = 4096;
 Cell* global_cells(const Launch& launch, uintptr_t address);
 
-// A check of `count` cells, and the record of the access. `stored` are the bytes about to be written over `memory`, if known:
-// a write of what is there already, as compilers do from many threads, does not race with other writes.
+// A check of `count` cells, and the record of the access. `stored` are the bytes about to be
+// written over `memory`, if known: a write of what is there already, as compilers do from many
+// threads, does not race with other writes.
 void check_cells(const Actor& actor, Access access, Cell* cells, size_t count, int granule,
                  const std::byte* memory, const std::byte* stored);
 

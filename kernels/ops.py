@@ -211,7 +211,7 @@ def attention(
         v: `(B, S, H_kv, D)`.
         seqlens_k: `(B,)` int64, valid keys of each sequence, in [T, S]; keys beyond are padding. None: S for all.
         sliding_window: number of keys that a query sees, itself included; None: all.
-        softmax_scale: None is `1 / sqrt(D)`.
+        softmax_scale: positive; None is `1 / sqrt(D)`.
         dropout_p: probability of dropping an attention weight.
 
     Returns:

@@ -1,9 +1,8 @@
 """From a kernel's PTX statements to the program that the emulator executes.
 
 Opcodes become names of the emulator's own table of instructions (simt/): modifiers that change nothing here are dropped, all
-others stay in the name, and a name that the table does not have is `Unsupported`. Registers become places in the register file
-of a warp; one that lives only between two labels shares its place with others, so that the file stays in the cache. Constants and
-special registers are registers that are filled beforehand.
+others stay in the name, and a name that the table does not have is `Unsupported`. Operands become places in the register file of
+a warp (registers.py), and are converted where their register is wider or narrower than the instruction's type.
 """
 
 import ctypes
@@ -15,13 +14,8 @@ from dataclasses import dataclass, field
 
 from . import machine
 from .ptx import Address, Kernel, Label, Statement, Unsupported, num_bytes
+from .registers import SPECIAL_REGISTERS, RegisterFile
 
-LANES = 32
-# filled by Launch::start in simt/scheduler.cpp, in this order
-SPECIAL_REGISTERS = [
-    *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
-    *("%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt"),
-]
 SPACES = {"global": 0, "shared": 1, "local": 2, "generic": 3, "param": 4}
 ORDERS = {
     "acquire": 1 | 4,
@@ -41,16 +35,17 @@ IGNORED = {
     *("L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"),
 }
 UNSIGNED_CONDITIONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-# no instruction at all: hints
+# hints: no instruction at all
 NOTHING = {
-    "griddepcontrol",
-    "prefetch",
-    "prefetchu",
-    "discard",
-    "applypriority",
-    "createpolicy",
+    *("griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "createpolicy"),
     "nanosleep",
 }
+
+
+# of a row of the program, as `Row` of simt/api.cpp has them
+_COLUMNS = [
+    "entry", "guard", "is_negated", "immediate", "first_operand", "num_operands", "space", "order", "is_label",
+]  # fmt: skip
 
 
 @dataclass
@@ -61,76 +56,21 @@ class Program:
     rows: array = field(default_factory=lambda: array("q"))
     operands: array = field(default_factory=lambda: array("I"))
     statements: list[Statement] = field(default_factory=list)  # of each row
-    constants: bytes = b""
-    buffers: dict[str, ctypes.Array] = field(
-        default_factory=dict
-    )  # the kernel's constants in global memory
+    constants: bytes = b""  # the registers that are filled beforehand
     register_bytes: int = 0
+    # the kernel's constants in global memory
+    buffers: dict[str, ctypes.Array] = field(default_factory=dict)
     global_granule: int = 4  # log2 of the narrowest access
     shared_granule: int = 4
 
 
-class _RegisterFile:
-    """Places of registers: byte offsets, first those of constants and behind them, once their number is known, the others."""
-
-    CONSTANT = 1 << 31  # marks an offset among the constants until then
-
-    def __init__(self):
-        self.constants = bytearray(LANES * 4 * len(SPECIAL_REGISTERS))
-        self.places = {
-            name: self.CONSTANT | LANES * 4 * i for i, name in enumerate(SPECIAL_REGISTERS)
-        }
-        self.num_bytes = 0
-        self.free: dict[int, list[int]] = {}
-
-    def constant(self, value: int, size: int) -> int:
-        key = f"{value}:{size}"
-        if key not in self.places:
-            padding = -len(self.constants) % 64
-            self.places[key] = self.CONSTANT | len(self.constants) + padding
-            self.constants += bytes(padding) + value.to_bytes(size, "little") * LANES
-        return self.places[key]
-
-    def allocate(self, size: int, is_shared: bool) -> int:
-        """A place; one that others have used before must not be held across a label, where they come again in a loop."""
-        if is_shared and self.free.get(size):
-            return self.free[size].pop()
-        self.num_bytes += LANES * max(size, 2)
-        return self.num_bytes - LANES * max(size, 2)
-
-    def release(self, place: int, size: int) -> None:
-        self.free.setdefault(size, []).append(place)
-
-
-def _last_uses(kernel: Kernel) -> dict[str, int]:
-    """The last use of each register that is written first, and lives only, between two labels that a branch goes to."""
-    targets = {
-        p.operands[-1]
-        for p in kernel.body
-        if isinstance(p, Statement) and p.opcode.startswith("bra")
-    }
-    segment, home, last = 0, {}, {}
-    for i, part in enumerate(kernel.body):
-        if isinstance(part, Label):
-            segment += part.name in targets
-            continue
-        has_result = not part.opcode.startswith(("st.", "red.", "bra", "bar"))
-        results = part.operands[0] if part.operands and has_result and not part.guard else ()
-        results = results.split("|") if isinstance(results, str) else results
-        for name in part.registers():
-            if name not in home:
-                home[name] = segment if not isinstance(results, Address) and name in results else -1
-            elif home[name] != segment:
-                home[name] = -1
-            last[name] = i
-    return {name: i for name, i in last.items() if home[name] >= 0}
-
-
 class _Lowering:
+    """The lowering of one kernel, statement by statement."""
+
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
         self.program = Program(kernel)
-        self.file = _RegisterFile()
+        self.file = RegisterFile(kernel)
         self.program.buffers = {
             name: ctypes.create_string_buffer(value, len(value))
             for name, value in kernel.constants.items()
@@ -140,8 +80,6 @@ class _Lowering:
             **kernel.params.offsets, **kernel.shared.offsets, **kernel.local.offsets,
             **{name: ctypes.addressof(buffer) for name, buffer in self.program.buffers.items()},
         }  # fmt: skip
-        self.last_use = _last_uses(kernel)
-        self.temporaries: list[tuple[int, int]] = []
         self.labels: dict[str, int] = {}
         self.branches: list[tuple[int, str]] = []
         self.is_label = True
@@ -162,14 +100,7 @@ class _Lowering:
                 raise Unsupported(
                     f"{error}: {part.text!r} ({part.source or self.kernel.name})"
                 ) from None
-            for name in set(part.registers()):
-                if self.last_use.get(name) == i and name in self.file.places:
-                    self.file.release(
-                        self.file.places.pop(name), num_bytes(self.kernel.type_of(name))
-                    )
-            for place, size in self.temporaries:
-                self.file.release(place, size)
-            self.temporaries.clear()
+            self.file.end_statement(i, part)
         self.guard = -1
         self.emit("exit", [])
         return self.finish()
@@ -180,53 +111,40 @@ class _Lowering:
             if label not in self.labels:
                 raise Unsupported(f"label {label}")
             program.rows[row * width + _COLUMNS.index("immediate")] = self.labels[label]
-        size = len(self.file.constants) + -len(self.file.constants) % 64
-        program.constants = bytes(self.file.constants.ljust(size, b"\0"))
-        program.register_bytes = size + self.file.num_bytes
-        constant = _RegisterFile.CONSTANT
-        program.operands = array(
-            "I", (o & ~constant if o & constant else o + size for o in program.operands)
-        )
+        program.constants = self.file.constant_bytes()
+        program.register_bytes = len(program.constants) + self.file.num_bytes
+        program.operands = array("I", map(self.file.offset, program.operands))
         guard = _COLUMNS.index("guard")
         for at in range(guard, len(program.rows), width):
             if program.rows[at] >= 0:
-                program.rows[at] += size
+                program.rows[at] = self.file.offset(program.rows[at])
         return program
 
     # ---- operands
-
-    def register(self, name: str) -> int:
-        if name not in self.file.places:
-            size, is_shared = num_bytes(self.kernel.type_of(name)), name in self.last_use
-            self.file.places[name] = self.file.allocate(size, is_shared)
-        return self.file.places[name]
-
-    def temporary(self, size: int) -> int:
-        place = self.file.allocate(size, is_shared=True)
-        self.temporaries.append((place, size))
-        return place
 
     def value(self, operand: str, ptx_type: str) -> int:
         """The place that holds an operand as a value of a type."""
         size = num_bytes(ptx_type)
         if operand.startswith("!"):
-            place = self.temporary(1)
+            place = self.file.temporary(1)
             self.emit("not.pred", [place, self.value(operand[1:], "pred")])
             return place
         if operand in SPECIAL_REGISTERS:
-            return self.resize(self.file.places[operand], 4, size)
+            return self.resize(self.file.register(operand), 4, size)
         number = _number(operand, ptx_type)
         if number is None:
             number = self.addresses.get(operand)
         if number is not None:
             return self.file.constant(number % (1 << 8 * size), size)
-        return self.resize(self.register(operand), num_bytes(self.kernel.type_of(operand)), size)
+        return self.resize(
+            self.file.register(operand), num_bytes(self.kernel.type_of(operand)), size
+        )
 
     def resize(self, place: int, size: int, wanted: int, is_signed: bool = False) -> int:
         """The place of the same value in more or fewer bytes."""
         if size == wanted:
             return place
-        to = self.temporary(wanted)
+        to = self.file.temporary(wanted)
         kind = "s" if is_signed else "u"
         self.emit(f"cvt.{kind}{8 * wanted}.{kind}{8 * size}", [to, place])
         return to
@@ -237,11 +155,11 @@ class _Lowering:
         """The place for a result, and what is left to do once it is there."""
         size = num_bytes(ptx_type)
         if operand == "_":
-            return self.temporary(size), lambda: None
-        place, declared = self.register(operand), num_bytes(self.kernel.type_of(operand))
+            return self.file.temporary(size), lambda: None
+        place, declared = self.file.register(operand), num_bytes(self.kernel.type_of(operand))
         if size == declared:
             return place, lambda: None
-        temporary = self.temporary(size)
+        temporary = self.file.temporary(size)
         kind = "s" if is_signed else "u"
         name = f"cvt.{kind}{8 * declared}.{kind}{8 * size}"
         return temporary, lambda: self.emit(name, [place, temporary])
@@ -300,8 +218,8 @@ class _Lowering:
     def lower(self, statement: Statement) -> None:
         self.guard, self.is_negated = -1, False
         if statement.guard:
-            self.guard, self.is_negated = self.register(statement.guard), statement.is_negated
-        opcode, *modifiers = _split(statement.opcode)
+            self.guard, self.is_negated = self.file.register(statement.guard), statement.is_negated
+        opcode, *modifiers = statement.opcode.split(".")
         modifiers = [m for m in modifiers if m not in IGNORED]
         if opcode in NOTHING:
             return
@@ -312,12 +230,7 @@ class _Lowering:
 
     def plain(self, opcode: str, modifiers: list[str], operands: list) -> None:
         """An instruction whose name and operands are those of PTX."""
-        flat = [name for o in operands for name in ((o,) if isinstance(o, str | Address) else o)]
-        self.instruction(
-            ".".join([opcode, *modifiers]),
-            flat,
-            is_signed=bool(modifiers) and modifiers[0].startswith("s"),
-        )
+        self.instruction(".".join([opcode, *modifiers]), _flat(operands), _is_signed(modifiers))
 
     def carry(self, opcode: str, modifiers: list[str], operands: list) -> None:
         """Arithmetic that sets the carry flag, an operand behind the result here, or uses it, the last operand."""
@@ -328,24 +241,17 @@ class _Lowering:
 
     def move(self, opcode: str, modifiers: list[str], operands: list) -> None:
         (ptx_type,) = modifiers
-        whole = "pred" if ptx_type == "pred" else f"b{8 * num_bytes(ptx_type)}"
+        whole = _bits(ptx_type)
         result, source = operands
-        for name, vector, flat in (
-            ("pack", source, lambda: [result, *source]),
-            ("unpack", result, lambda: [*result, source]),
-        ):
+        for name, vector in (("pack", source), ("unpack", result)):
             if isinstance(vector, tuple):
                 part = f"b{8 * num_bytes(ptx_type) // len(vector)}"
-                return self.instruction(f"{name}.{whole}.{part}", flat())
-        if _number(source, ptx_type) is not None and ptx_type.startswith("f"):
-            source = str(_number(source, ptx_type))  # its bits
-        return self.instruction(f"mov.{whole}", [result, source])
+                return self.instruction(f"{name}.{whole}.{part}", _flat(operands))
+        return self.instruction(f"mov.{whole}", operands)
 
     def select(self, opcode: str, modifiers: list[str], operands: list) -> None:
-        result, *values, condition = operands
-        bits = f"b{8 * num_bytes(modifiers[-1])}" if modifiers[-1] != "pred" else "pred"
-        values = [str(v) if (v := _number(o, modifiers[-1])) is not None else o for o in values]
-        self.instruction(f"selp.{bits}", [result, *values, condition])
+        (ptx_type,) = modifiers
+        self.instruction(f"selp.{_bits(ptx_type)}", operands)
 
     def compare(self, opcode: str, modifiers: list[str], operands: list) -> None:
         """setp, with a second result, its opposite, and a predicate that it is combined with."""
@@ -358,7 +264,7 @@ class _Lowering:
         types = machine.instructions().get(f"setp.{condition}.{ptx_type}")
         if not types or len(logic) != len(other):
             raise Unsupported(f"no instruction setp.{condition}.{ptx_type}")
-        compared, negated = self.temporary(1), self.temporary(1)
+        compared, negated = self.file.temporary(1), self.file.temporary(1)
         self.emit(
             f"setp.{condition}.{ptx_type}",
             [compared, self.value(a, types[1][1]), self.value(b, types[1][2])],
@@ -368,9 +274,9 @@ class _Lowering:
         for name, place in ((result, compared), (opposite, negated)):
             if name and name != "_":
                 if combined is None:
-                    self.emit("mov.pred", [self.register(name), place])
+                    self.emit("mov.pred", [self.file.register(name), place])
                 else:
-                    self.emit(f"{logic[0]}.pred", [self.register(name), place, combined])
+                    self.emit(f"{logic[0]}.pred", [self.file.register(name), place, combined])
         return None
 
     def memory(self, opcode: str, modifiers: list[str], operands: list) -> None:
@@ -384,19 +290,15 @@ class _Lowering:
                 order |= ORDERS[modifier]
             elif modifier not in ("v2", "v4", "v8"):
                 kept.append(modifier)
-        size = num_bytes(ptx_type)
-        if opcode in ("ld", "st", "ldu"):
-            ptx_type, opcode = f"b{8 * size}", opcode[:2]
-        elif kept[0] not in ("add", "min", "max", "inc", "dec"):
-            ptx_type = f"b{8 * size}"
-        flat = [name for o in operands for name in ((o,) if isinstance(o, str | Address) else o)]
+        is_signed, flat = _is_signed([ptx_type]), _flat(operands)
         has_hint = "L2::cache_hint" in self.statement.opcode
-        width = size * (max(1, len(flat) - 1 - has_hint) if opcode in ("ld", "st") else 1)
-        self.narrow(space, width)
-        name = ".".join([opcode, *kept, ptx_type])
-        return self.instruction(
-            name, flat[:-1] if has_hint else flat, _is_signed(self.statement), space, order
-        )
+        flat = flat[: len(flat) - has_hint]
+        is_plain = opcode in ("ld", "ldu", "st")
+        self.narrow(space, num_bytes(ptx_type) * (len(flat) - 1 if is_plain else 1))
+        if is_plain or kept[0] not in ("add", "min", "max", "inc", "dec"):
+            ptx_type = _bits(ptx_type)
+        name = ".".join([opcode.rstrip("u"), *kept, ptx_type])
+        self.instruction(name, flat, is_signed, space, order)
 
     def narrow(self, space: str, width: int) -> None:
         """Let shadow memory tell apart what is this narrow."""
@@ -417,7 +319,7 @@ class _Lowering:
             operands = operands[:-1]
         destination, source, width, *source_bytes = operands
         if destination.offset:
-            place = self.temporary(4)
+            place = self.file.temporary(4)
             base = self.value(destination.base, "b32")
             self.emit(
                 "add.u32", [place, base, self.file.constant(destination.offset % (1 << 32), 4)]
@@ -425,6 +327,7 @@ class _Lowering:
         else:
             place = self.value(destination.base, "b32")
         self.narrow("shared", int(width, 0))
+        self.narrow("global", int(width, 0))
         places = [place, self.value(source.base, "b64"), self.value(width, "b32")]
         places.append(self.value(source_bytes[0] if source_bytes else width, "b32"))
         return self.emit("cp.async", places, source.offset)
@@ -473,17 +376,6 @@ class _Lowering:
             )
 
 
-_COLUMNS = [
-    "entry",
-    "guard",
-    "is_negated",
-    "immediate",
-    "first_operand",
-    "num_operands",
-    "space",
-    "order",
-    "is_label",
-]
 _RULES = {
     "mov": _Lowering.move,
     "selp": _Lowering.select,
@@ -507,41 +399,33 @@ _RULES = {
 }
 
 
-def _split(opcode: str) -> list[str]:
-    return opcode.split(".")
+def _bits(ptx_type: str) -> str:
+    """The type without a meaning: `b32` of `f32`."""
+    return "pred" if ptx_type == "pred" else f"b{8 * num_bytes(ptx_type)}"
 
 
-def _is_signed(statement: Statement) -> bool:
-    return re.search(r"\.s\d+$", statement.opcode) is not None
+def _flat(operands: list) -> list[str | Address]:
+    """The operands with vectors taken apart."""
+    return [name for o in operands for name in (o if isinstance(o, tuple) else (o,))]
+
+
+def _is_signed(modifiers: list[str]) -> bool:
+    """Whether the result, which the first type is of, has a sign to extend."""
+    types = [m for m in modifiers if re.fullmatch(r"[subf]\d+", m)]
+    return bool(types) and types[0].startswith("s")
 
 
 def _number(text: str, ptx_type: str) -> int | None:
     """The bits of a literal of a type, or None if the text is not a literal."""
-    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-        bits = int(text[2:], 16)
-        return (
-            bits
-            if num_bytes(ptx_type) == 4
-            else int.from_bytes(
-                struct.pack("<d", struct.unpack("<f", bits.to_bytes(4, "little"))[0]), "little"
-            )
-        )
-    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
-        bits = int(text[2:], 16)
-        return (
-            bits
-            if num_bytes(ptx_type) == 8
-            else int.from_bytes(
-                struct.pack("<f", struct.unpack("<d", bits.to_bytes(8, "little"))[0]), "little"
-            )
-        )
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+        bits, size = int(text[2:], 16), (len(text) - 2) // 2
+        if size == num_bytes(ptx_type):
+            return bits
+        number = struct.unpack({4: "<f", 8: "<d"}[size], bits.to_bytes(size, "little"))[0]
+        return _float_bits(number, ptx_type)
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-        number = int(text.rstrip("U"), 0) % (1 << 64)
-        return (
-            number
-            if not ptx_type.startswith("f")
-            else _float_bits(float(int(text.rstrip("U"), 0)), ptx_type)
-        )
+        number = int(text.rstrip("U"), 0)
+        return _float_bits(number, ptx_type) if ptx_type.startswith("f") else number % (1 << 64)
     if re.fullmatch(r"-?\d+\.\d*([eE][+-]?\d+)?", text) and ptx_type.startswith("f"):
         return _float_bits(float(text), ptx_type)
     return None

@@ -33,7 +33,7 @@ class Statement:
     guard: str  # the predicate register, or empty
     is_negated: bool
     text: str
-    source: str  # "file.py:12", or empty
+    source: str  # "file.py:12", with " in caller.py:34" if it was inlined, or empty
 
     def registers(self) -> Iterator[str]:
         """The names of all operands, registers among them."""
@@ -68,7 +68,6 @@ class Variables:
 class Kernel:
     name: str
     params: Variables
-    param_sizes: list[int]
     shared: Variables  # static ones; those of dynamic size start behind them
     local: Variables  # of each thread
     constants: dict[str, bytes]  # in global memory, with their values
@@ -108,7 +107,7 @@ _PARAM = re.compile(
 )
 # the parts of a body: a source line, a scope, a label, or a statement up to its semicolon
 _PART = re.compile(
-    r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<scope>[{}])|(?P<label>[$\w%]+):(?!:)|(?P<statement>[^;{}\s][^;]*);)"
+    r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*?(?:inlined_at\s+(?P<outer_file>\d+)\s+(?P<outer_line>\d+)[^\n]*)?\n|(?P<scope>[{}])|(?P<label>[$\w%]+):(?!:)|(?P<statement>[^;{}\s][^;]*);)"
 )
 _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 _OPERAND = re.compile(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,]+)\s*(?:,|$)")
@@ -158,6 +157,9 @@ class _Body:
                 self._statement(part["statement"].strip())
             elif part["line"] != "0":
                 self.source = f"{self.files.get(part['file'], '?')}:{part['line']}"
+                if part["outer_file"]:
+                    outer = self.files.get(part["outer_file"], "?")
+                    self.source += f" in {outer}:{part['outer_line']}"
 
     def _statement(self, text: str) -> None:
         if text.startswith(".reg"):
@@ -227,11 +229,10 @@ def _read_kernel(
 ) -> Kernel:
     body = _Body(files)
     body.read(text, entry.end())
-    params, param_sizes = Variables(), []
+    params = Variables()
     for alignment, ptx_type, name, count in _PARAM.findall(entry[2] or ""):
         size = num_bytes(ptx_type)
         params.add(name, size * int(count or 1), int(alignment or size))
-        param_sizes.append(size * int(count or 1))
     used = {name for part in body.parts if isinstance(part, Statement) for name in part.registers()}
     spaces = {"shared": Variables(), "local": Variables()}
     dynamic = []
@@ -253,7 +254,6 @@ def _read_kernel(
     return Kernel(
         name=entry[1],
         params=params,
-        param_sizes=param_sizes,
         shared=spaces["shared"],
         local=spaces["local"],
         constants={name: value for name, value in constants.items() if name in used},

@@ -70,7 +70,7 @@ def _store_rows(
 
 @triton.jit
 def _sequence(b, T, S, seqlens_k_ptr, cu_seqlens_ptr):
-    """Where sequence b starts among the batches or packed rows, and its numbers of queries and of keys."""
+    """Where sequence b begins: in strides of the batch, in rows of queries, of keys; its numbers of queries and keys."""
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + b)
         length = tl.load(cu_seqlens_ptr + b + 1) - start
@@ -130,7 +130,7 @@ def _is_visible(position, key, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 @triton.jit
 def _is_kept(dropout, query, key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of the tile from (query, key) on dropout keeps: `(BLOCK_M, BLOCK_N)`."""
-    seed, dropout_p, _, head, T, S = dropout
+    seed, dropout_p, _, head, T = dropout
     rows = head * T + query + tl.arange(0, BLOCK_M)
     return kept_by_dropout(seed, dropout_p, rows, key, BLOCK_N)
 
@@ -195,33 +195,14 @@ def _dkv_queries(
     PRECISION: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T q and drop(P)^T dout of the queries in [begin, end) to the dk and dv of the tile of keys from `key` on."""
-    (
-        q_ptr,
-        stride_qt,
-        stride_qh,
-        dout_ptr,
-        stride_dt,
-        stride_dh,
-        lse_ptr,
-        delta_ptr,
-        total,
-        num_queries,
-    ) = queries
+    q_ptr, stride_qt, stride_qh, dout_ptr, stride_dt, stride_dh, lse_ptr, delta_ptr, total, num_queries = queries  # fmt: skip
     num_tiles = tl.cdiv(end - begin, BLOCK_M)
     # one loop over heads and tiles: two, one in the other, take more registers
     for i in tl.range(0, group * num_tiles):
         head = (i // num_tiles).to(tl.int64)
         query = begin + i % num_tiles * BLOCK_M
-        q = _load_rows(
-            q_ptr + head * stride_qh,
-            query,
-            num_queries,
-            stride_qt,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            True,
-        )
+        head_q_ptr, head_dout_ptr = q_ptr + head * stride_qh, dout_ptr + head * stride_dh
+        q = _load_rows(head_q_ptr, query, num_queries, stride_qt, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         rows = query + tl.arange(0, BLOCK_M)
         # beyond the last query: weights of 0
         lse = tl.load(lse_ptr + head * total + rows, mask=rows < num_queries, other=float("inf"))
@@ -234,14 +215,7 @@ def _dkv_queries(
             is_kept = _is_kept(dropout, head * dropout[4] + query, key, BLOCK_M, BLOCK_N).T
             kept = tl.where(is_kept, p, 0.0)
         dout = _load_rows(
-            dout_ptr + head * stride_dh,
-            query,
-            num_queries,
-            stride_dt,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            True,
+            head_dout_ptr, query, num_queries, stride_dt, HEAD_DIM, BLOCK_M, BLOCK_D, True
         )
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
@@ -260,7 +234,8 @@ _SIZES = [
     "T", "S", "H", "group", "total", "window", "length_class",
 ]  # fmt: skip
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by (head_dim up to, bytes of an element), the leanest first
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by (head_dim up to, bytes of an element), the leanest first: tiles as large as
+# registers allow on sm_80, sm_90 and sm_100. float32 is multiplied without tensor cores, which unrolls to long code.
 Tiles = dict[tuple[int, int], list[tuple[int, int, int, int]]]
 _FWD_TILES: Tiles = {
     (64, 4): [(16, 32, 4, 2)],
@@ -283,13 +258,13 @@ _DKV_TILES: Tiles = {
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
     (64, 2): [(32, 64, 4, 2), (64, 64, 4, 2)],
-    (128, 2): [(32, 64, 4, 2), (16, 128, 8, 2)],
+    (128, 2): [(16, 128, 8, 2), (32, 64, 4, 2)],
     (256, 2): [(32, 32, 8, 2)],
 }
 
 
 def _autotune(tiles: Tiles) -> Any:
-    """Decorator: the fastest of the tiles of a class of head_dim, dtype and length, measured once and kept on disk."""
+    """Decorator: the fastest of the tiles of a class of head_dim, dtype and length; kept on disk for the next run."""
 
     def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> triton.Config:
         blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -336,7 +311,7 @@ def _attention_fwd_kernel(
     keys = (k_ptr, stride_ks * UNIT, v_ptr, stride_vs * UNIT, num_keys)
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T)
 
     q = _load_rows(q_ptr, query, num_queries, stride_qt * UNIT, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -393,7 +368,7 @@ def _attention_dq_kernel(
     keys = (k_ptr, stride_ks * UNIT, v_ptr, stride_vs * UNIT, num_keys)
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, head, T)
 
     dout = _load_rows(
         dout_ptr, query, num_queries, stride_dt * UNIT, HEAD_DIM, BLOCK_M, BLOCK_D, True
@@ -466,7 +441,7 @@ def _attention_dkv_kernel(
     )  # fmt: skip
     dropout = None
     if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, b * H + h, T, S)
+        dropout = (tl.load(seed_ptr), dropout_p, keep_scale, b * H + h, T)
     dk, dv = _dkv_queries(
         dk, dv, k, v, queries, group, begin, full_begin, key, shift, scale, window, dropout,
         HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, IS_MASKED=True,
@@ -494,7 +469,7 @@ def _unit_of_strides(*tensors: Tensor) -> int:
 
 
 def _strides(name: str, tensor: Tensor, is_packed: bool, unit: int) -> dict[str, int]:
-    """Strides of batch, row and head; packed sequences begin at a row, which stands for the batch."""
+    """Strides of batch, row and head; packed sequences begin at rows instead of batches."""
     batch, row, head = (stride // unit for stride in tensor.stride()[:3])
     names = (f"stride_{name}b", f"stride_{name}{'s' if name in 'kv' else 't'}", f"stride_{name}h")
     return dict(zip(names, (row if is_packed else batch, row, head), strict=True))
@@ -525,8 +500,8 @@ def _arguments(
         B, T, S = len(cu_seqlens) - 1, max_seqlen, max_seqlen
     is_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return B, arguments | {
-        "seqlens_k_ptr": seqlens_k,
-        "cu_seqlens_ptr": cu_seqlens,
+        "seqlens_k_ptr": None if seqlens_k is None else seqlens_k.contiguous(),
+        "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "seed_ptr": seed,
         "T": T,
         "S": S,
@@ -536,7 +511,7 @@ def _arguments(
         "window": sliding_window,
         "dropout_p": dropout_p,
         "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        "length_class": min(max(S.bit_length(), 7), 13),
+        "length_class": min(max(S.bit_length(), 7), 13),  # for the choice of tiles
         "HEAD_DIM": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),  # a product needs 16
         "UNIT": unit,
@@ -576,10 +551,9 @@ def _attention(
 
 @_attention.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
-        H, B * T, dtype=torch.float32
-    )
+    B, T, H = q.shape[:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, q.new_empty(H, B * T, dtype=torch.float32)
 
 
 @torch.library.custom_op("leangpt_triton::attention_backward", mutates_args=())

@@ -45,5 +45,7 @@ def _gpu(monkeypatch, order):
         dispatch.enable_triton("cpu", "cuda")
     for kernel in _autotuned_kernels():
         monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+        # a choice made in the emulator must not be found on disk by a GPU
+        monkeypatch.setattr(kernel, "cache_results", on_gpu)
     with nullcontext() if on_gpu else driver.options(order=order):
         yield

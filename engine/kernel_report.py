@@ -1,6 +1,7 @@
 """What the Triton kernels compile to at the shapes of two models, in bfloat16: `leangpt kernels`.
 
-GPT-2, and Qwen3-8B for what GPT-2 lacks: RMSNorm, rotary positions, a gated MLP, grouped heads of 128.
+GPT-2, with the dropout of its time, and Qwen3-8B for what GPT-2 lacks: RMSNorm, rotary positions, a gated MLP, grouped
+heads of 128; with a sliding window, which models like it have.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from leangpt.kernels.triton_report import Case, Empty, Row, Work, report, versio
 
 from .config import GPTConfig
 
+GPT2 = dataclasses.replace(GPTConfig.preset("gpt2"), dropout=0.1)
 QWEN3_8B = GPTConfig(
     vocab_size=151936,
     max_seq_len=4096,
@@ -29,6 +31,7 @@ QWEN3_8B = GPTConfig(
     activation="swiglu",
     bias=False,
     qk_norm=True,
+    sliding_window=1024,
 )
 
 
@@ -38,15 +41,10 @@ _ADAMW = (1, 1e-3, (0.9, 0.95), 1e-8, 0.1, None)
 
 def cases() -> list[Case]:
     """A call of every op for each of the models."""
-    gpt2 = GPTConfig.preset("gpt2")
-    dropouts = {0.0: "", 0.1: " dropout"}  # newer models do without
-    return [
-        *_cases("gpt2", gpt2, batch=8, dropouts=dropouts),
-        *_cases("qwen3-8b", QWEN3_8B, batch=2, dropouts={0.0: ""}),
-    ]
+    return [*_cases("gpt2", GPT2, batch=8), *_cases("qwen3-8b", QWEN3_8B, batch=2)]
 
 
-def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]) -> Iterator[Case]:
+def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     B, T = batch, config.max_seq_len
     H, H_kv, D = config.n_head, config.kv_heads, config.head_size
     C, F, V = config.n_embd, config.inner_size, config.vocab_size
@@ -55,6 +53,8 @@ def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]
     x, row = Empty((B, T, C)), Empty((C,))
     bias = {n: Empty((n,)) if config.bias else None for n in (C, fused_F, H_qkv * D)}
     tokens = Empty((B, T), torch.int64)
+
+    dropouts = {0.0: "", config.dropout: " dropout"} if config.dropout else {0.0: ""}
 
     def case(op: str, *arguments: Any, note: str = "", flops: Sequence[float] = (0, 0)) -> Case:
         return Case(model, op + note, getattr(triton_ops, op), arguments, *flops)
@@ -99,8 +99,10 @@ def _cases(model: str, config: GPTConfig, batch: int, dropouts: dict[float, str]
     packed = [Empty((B * T, n, D), strides=(H_qkv * D, D, 1)) for n in (H, H_kv, H_kv)]
     lengths = Empty((B + 1,), torch.int32)
     yield case("attention_varlen", *packed, lengths, T, None, None, 0.0, flops=flops)
-    flops = attention_flops(T // 4)
-    yield case("attention", q, k, v, None, T // 4, None, 0.0, note=" window", flops=flops)
+    if config.sliding_window is not None:
+        window = config.sliding_window
+        flops = attention_flops(window)
+        yield case("attention", q, k, v, None, window, None, 0.0, note=" window", flops=flops)
 
     weights = Empty((fused_F, C)), bias[fused_F], Empty((C, F)), bias[C]
     flops = linear_flops(fused_F + F, C)

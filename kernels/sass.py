@@ -77,6 +77,6 @@ def read_cubin(cubin: bytes, cuobjdump: str, nvdisasm: str) -> Code:
         path.write_bytes(cubin)
         outputs = [
             subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
-            for command in ([cuobjdump, "--dump-resource-usage"], [nvdisasm, "-c"])
+            for command in ([cuobjdump, "--dump-resource-usage"], [nvdisasm, "-c", "-ndf"])
         ]
     return parse(*outputs)

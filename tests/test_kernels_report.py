@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from leangpt import cli, kernel_report
-from leangpt.kernels import contract, sass
+from leangpt.kernels import contract, sass, triton_ops
 from leangpt.kernels.chips import CHIPS, predicted_bound
 from leangpt.kernels.triton_recorder import Recorder, num_bytes
 from leangpt.kernels.triton_report import Case, Empty, report, versions
@@ -271,3 +272,66 @@ class TestCommand:
         monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
         status, _, err = self.run(capsys, "report")
         assert status == 1 and "pip install triton" in err
+
+
+class TestBars:
+    """What the contract says of the kernels as they are."""
+
+    # more than the registers hold, by a few: tiles of autotuning that are without spills elsewhere
+    SPILLS = frozenset(
+        {
+            ("gpt2 attention_varlen forward _attention_fwd_kernel configuration 2", "sm_80"),
+            ("qwen3-8b attention window backward _attention_dkv_kernel configuration 2", "sm_80"),
+            ("qwen3-8b attention window backward _attention_dkv_kernel configuration 2", "sm_90"),
+            ("qwen3-8b attention_varlen backward _attention_dkv_kernel configuration 2", "sm_90"),
+            ("qwen3-8b linear forward _linear_kernel configuration 3", "sm_80"),
+            ("qwen3-8b mlp forward _linear_kernel configuration 3", "sm_80"),
+        }
+    )
+    PRODUCTS = ("_attention_", "_linear_kernel", "_mlp_bwd_kernel", "_add_weight_gradient_kernel")
+    TENSOR_CORES = MappingProxyType(
+        {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+    )
+    # a program stores one row or one token, which is less than 16 bytes a thread
+    NARROW_STORES = ("_block_sums_kernel", "_segment_sums_kernel", "_sample_kernel")
+    # GPT-2 has an odd number of tokens: rows of logits begin anywhere
+    NARROW_LOADS = ("gpt2 sample forward _sample_kernel",)
+
+    @pytest.fixture
+    def figures(self):
+        document = json.loads(contract.PATH.read_text(encoding="utf-8"))
+        return {
+            (name, arch): row
+            for name, archs in document["kernels"].items()
+            for arch, row in archs.items()
+        }
+
+    def test_every_op_is_in_it(self, figures):
+        ops = {name.split()[1] for name, _ in figures}
+        assert ops == set(triton_ops.__all__)
+        assert {arch for _, arch in figures} == set(CHIPS)
+
+    def test_spills(self, figures):
+        spilled = {key for key, row in figures.items() if row["spills"] or row["local_bytes"]}
+        assert {key for key in spilled if key[1] != "sm_120"} == self.SPILLS
+        assert all(figures[key]["spills"] <= 12 for key in self.SPILLS)
+
+    def test_tensor_cores_in_every_product(self, figures):
+        products = {key: row for key, row in figures.items() if any(p in key[0] for p in self.PRODUCTS)}  # fmt: skip
+        for (name, arch), row in products.items():
+            assert row["tensor_cores"].keys() == {self.TENSOR_CORES[arch]}, (name, arch)
+            assert row["copies"], (name, arch)
+        ops = {name.split()[1] for name, _ in products}
+        assert ops >= {"attention", "attention_varlen", "linear", "mlp", "linear_cross_entropy"}
+
+    def test_wide_accesses_where_memory_is_the_bound(self, figures):
+        for (name, arch), row in figures.items():
+            if row["tensor_cores"]:
+                continue
+            if name not in self.NARROW_LOADS:
+                assert "128" in row["loads"] or "256" in row["loads"], (name, arch)
+            if not any(kernel in name for kernel in self.NARROW_STORES):
+                assert "128" in row["stores"] or "256" in row["stores"], (name, arch)
+
+    def test_every_kernel_fits(self, figures):
+        assert [key for key, row in figures.items() if not row["blocks_per_sm"]] == []

@@ -322,8 +322,7 @@ void halves(const std::string& type) {
   define_unary("ex2", [](float a) { return std::exp2(a); });
   define_unary("tanh", [](float a) { return approximate_tanh(a); });
   const auto fused = [](uint16_t a, uint16_t b, uint16_t c) {
-    // the product is exact; a sum that a float rounds to a tie of the narrow format is put on its
-    // side of the tie
+    // the product is exact; a sum that a float rounds to a tie is put on its side of the tie
     const double sum = double{from(a)} * double{from(b)} + double{from(c)};
     const float rounded = static_cast<float>(sum);
     if (rounded == sum || !std::isfinite(rounded)) return to(rounded);

@@ -9,51 +9,12 @@
 
 namespace simt {
 
+// The type of an operand in a signature: integers are bits.
 template <class T>
-constexpr const char* type_name();
-template <>
-constexpr const char* type_name<bool>() {
-  return "pred";
-}
-template <>
-constexpr const char* type_name<uint8_t>() {
-  return "b8";
-}
-template <>
-constexpr const char* type_name<int8_t>() {
-  return "b8";
-}
-template <>
-constexpr const char* type_name<uint16_t>() {
-  return "b16";
-}
-template <>
-constexpr const char* type_name<int16_t>() {
-  return "b16";
-}
-template <>
-constexpr const char* type_name<uint32_t>() {
-  return "b32";
-}
-template <>
-constexpr const char* type_name<int32_t>() {
-  return "b32";
-}
-template <>
-constexpr const char* type_name<uint64_t>() {
-  return "b64";
-}
-template <>
-constexpr const char* type_name<int64_t>() {
-  return "b64";
-}
-template <>
-constexpr const char* type_name<float>() {
-  return "f32";
-}
-template <>
-constexpr const char* type_name<double>() {
-  return "f64";
+constexpr const char* type_name() {
+  if (std::is_same_v<T, bool>) return "pred";
+  if (std::is_floating_point_v<T>) return sizeof(T) == 4 ? "f32" : "f64";
+  return sizeof(T) == 1 ? "b8" : sizeof(T) == 2 ? "b16" : sizeof(T) == 4 ? "b32" : "b64";
 }
 
 // The name that PTX has for the type, in opcodes: "s32".

@@ -57,17 +57,16 @@ struct Program {
   std::vector<bool> is_label;
   std::vector<std::byte> constants;  // the first registers of every warp's file
   size_t register_bytes, local_bytes;
-  int global_granule,
-      shared_granule;  // log2 of the narrowest access: what shadow memory can tell apart
+  // log2 of the narrowest access, which shadow memory can tell apart
+  int global_granule, shared_granule;
 };
 
 struct Options {
   uint64_t seed;
-  int32_t order;     // 0 forward, 1 reverse, 2 random
-  int32_t resident;  // blocks that run at the same time
-  int32_t preempt;  // mean number of instructions until another warp goes on; 0: only where it must
-                    // wait
-  int32_t race;  // 0 off, 1 strict, 2: threads of a warp may write different values to one address
+  int32_t order;        // 0 forward, 1 reverse, 2 random
+  int32_t resident;     // blocks that run at the same time
+  int32_t preempt;      // mean number of instructions of a warp's turn; 0: until it must wait
+  int32_t race;         // 0 off, 1 strict, 2: threads of a warp may write different values
   int32_t early_async;  // cp.async copies at once, the other extreme of what is allowed
   uint64_t max_instructions;
 };
@@ -81,6 +80,7 @@ struct Dim3 {
   uint32_t x, y, z;
   uint64_t count() const { return uint64_t{x} * y * z; }
   Dim3 at(uint32_t i) const { return {i % x, i / x % y, i / x / y}; }
+  std::string text() const;
 };
 
 // What is known of the accesses to one granule of memory.
@@ -103,8 +103,7 @@ struct AsyncCopy {
   int num_bytes, source_bytes;
 };
 
-// Accesses that happened before: by a thread, or by all of a warp or block, up to a time. See
-// shadow.h.
+// Accesses that happened before: by a thread, or by all of a warp or block, up to a time.
 using Clock = std::unordered_map<uint32_t, uint32_t>;
 
 struct Warp {
@@ -121,8 +120,8 @@ struct Warp {
   struct {
     uint32_t time, warp_synced, block_synced;
   } fence[kWarpSize];
-  std::set<uintptr_t>
-      observed[kWarpSize];  // addresses whose releases the lane's next fence acquires
+  // addresses whose releases the lane's next fence acquires
+  std::set<uintptr_t> observed[kWarpSize];
 
   std::vector<AsyncCopy> copies;   // those in flight
   uint32_t copy_group[kWarpSize];  // the group that is open
@@ -168,7 +167,7 @@ struct Launch {
   std::vector<uint32_t> block_order;
   std::minstd_rand random;
   std::unordered_map<uintptr_t, Clock> released;  // at an address, by atomics
-  const Instruction* current = nullptr;           // for the report of a fault
+  const Instruction* current;                     // for the report of a fault
   uint64_t num_instructions = 0;
 
   Launch(const Program& program, const Options& options, const std::byte* params, size_t num_params,
@@ -186,6 +185,7 @@ struct Launch {
 
  private:
   void start(Block& block);
+  void start(Block& block, int warp);
   void run_slice(Warp& warp);
   void run_group(Warp& warp, size_t group, int64_t& budget);
   bool arrive_collective(Warp& warp, size_t group);
@@ -196,11 +196,11 @@ struct Launch {
 extern uint32_t now;  // logical time: grows at each synchronisation, never goes back
 
 // "{@7}", which stands for instruction 7 until the driver puts its text there.
-std::string place(const Launch& launch, uint32_t pc);
+std::string place(size_t pc);
 [[noreturn]] void fault(const Warp& warp, int lane, const std::string& message);
 
-// The table of instructions. Handlers are found by their name; the signature tells the types of the
-// operands.
+// An instruction of the emulator. Its signature is the types of its operands: `=` marks a result,
+// `*` what there may be any number of, `address` is 32 bits wide in shared memory, else 64.
 struct Entry {
   std::string name, signature;
   Handler run;

@@ -21,26 +21,31 @@ Mask guarded_lanes(Warp& warp, const Instruction& instruction) {
 
 int first_lane(Mask lanes) { return __builtin_ctz(lanes); }
 
+std::byte* aligned(std::vector<std::byte>& memory, size_t alignment) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (alignment - address % alignment) % alignment;
+}
+
 }  // namespace
 
 uint32_t Warp::thread_id(int lane) const { return block->first_thread + index * kWarpSize + lane; }
 
-std::string Warp::name(int lane) const {
-  const Dim3 t = block->launch->dim.at(index * kWarpSize + lane),
-             b = block->launch->grid.at(block->index);
-  const auto text = [](Dim3 d) {
-    return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
-  };
-  return "thread " + text(t) + " of block " + text(b);
+std::string Dim3::text() const {
+  return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")";
 }
 
-std::string place(const Launch&, uint32_t pc) { return "{@" + std::to_string(pc) + "}"; }
+std::string Warp::name(int lane) const {
+  const Launch& launch = *block->launch;
+  return "thread " + launch.dim.at(index * kWarpSize + lane).text() + " of block " +
+         launch.grid.at(block->index).text();
+}
+
+std::string place(size_t pc) { return "{@" + std::to_string(pc) + "}"; }
 
 void fault(const Warp& warp, int lane, const std::string& message) {
   const Launch& launch = *warp.block->launch;
-  std::string where =
-      launch.current ? ", " + place(launch, launch.current - launch.program.code.data()) : "";
-  throw Fault(message + " [" + warp.name(lane) + where + "]");
+  const size_t pc = launch.current - launch.program.code.data();
+  throw Fault(message + " [" + warp.name(lane) + ", " + place(pc) + "]");
 }
 
 void Launch::run() {
@@ -52,6 +57,7 @@ void Launch::run() {
   if (grid.count() * dim.count() > kMostThreads)
     throw Fault("launch of more threads than the emulator can name");
   begin_launch();
+  current = program.code.data();
   start_time = ++now;
   random.seed(static_cast<uint32_t>(options.seed * 2654435761u + 1));
   random.discard(8);
@@ -74,10 +80,9 @@ void Launch::run() {
   }
 }
 
-// Let the block's place be taken by the next block of the grid.
+// The next block of the grid takes the place of `block`.
 void Launch::start(Block& block) {
   const uint32_t num_threads = static_cast<uint32_t>(dim.count());
-  const uint32_t num_warps = (num_threads + kWarpSize - 1) / kWarpSize;
   block.launch = this;
   block.index = block_order[num_started++];
   block.first_thread = block.index * num_threads;
@@ -86,53 +91,51 @@ void Launch::start(Block& block) {
   block.num_at_barrier = block.num_exited = 0;
   constexpr size_t kAlignment = 1024;
   block.shared_memory.assign(shared_bytes + kAlignment, std::byte{0xFF});
-  const uintptr_t memory = reinterpret_cast<uintptr_t>(block.shared_memory.data());
-  block.shared = block.shared_memory.data() + (kAlignment - memory % kAlignment) % kAlignment;
+  block.shared = aligned(block.shared_memory, kAlignment);
   block.granules.assign((shared_bytes >> program.shared_granule) + 1, Block::kUninitialised);
   block.cells.assign(block.granules.size(), Cell{});
+  block.warps.resize((num_threads + kWarpSize - 1) / kWarpSize);
+  for (size_t w = 0; w < block.warps.size(); ++w) start(block, static_cast<int>(w));
+}
 
-  const bool is_fresh = block.warps.empty();
-  block.warps.resize(num_warps);
-  const Dim3 index = grid.at(block.index);
-  for (uint32_t w = 0; w < num_warps; ++w) {
-    Warp& warp = block.warps[w];
-    const uint32_t first = w * kWarpSize, size = std::min<uint32_t>(kWarpSize, num_threads - first);
-    warp.block = &block;
-    warp.index = static_cast<int>(w);
-    warp.exists = size == kWarpSize ? kAllLanes : (1u << size) - 1;
-    warp.groups.assign(1, Group{0, warp.exists, Group::kReady});
-    warp.synced = now;
-    warp.pair_synced.clear();
-    warp.copies.clear();
-    std::fill_n(warp.copy_group, kWarpSize, 0);
-    warp.local.assign(program.local_bytes * kWarpSize, std::byte{0xFF});
-    for (int i = 0; i < kWarpSize; ++i) {
-      warp.fence[i] = {};
-      warp.observed[i].clear();
-    }
-    if (is_fresh) {
-      warp.register_file.assign(program.register_bytes + 64, std::byte{0});
-      const uintptr_t file = reinterpret_cast<uintptr_t>(warp.register_file.data());
-      warp.registers = warp.register_file.data() + (64 - file % 64) % 64;
-      std::copy(program.constants.begin(), program.constants.end(), warp.registers);
-    }
-    uint32_t* special = warp.reg<uint32_t>(0);  // in the order of SPECIAL_REGISTERS of lowering.py
-    const auto set = [&](const auto& value_of_lane) {
-      for (int i = 0; i < kWarpSize; ++i) *special++ = value_of_lane(i);
-    };
-    const auto set_all = [&](uint32_t value) { set([&](int) { return value; }); };
-    const auto thread = [&](int lane) { return dim.at(first + lane); };
-    set([&](int i) { return thread(i).x; });
-    set([&](int i) { return thread(i).y; });
-    set([&](int i) { return thread(i).z; });
-    for (const Dim3& d : {dim, index, grid})
-      for (uint32_t value : {d.x, d.y, d.z}) set_all(value);
-    set([](int i) { return i; });
-    set_all(w);
-    set([](int i) { return 1u << i; });
-    set([](int i) { return (1u << i) - 1; });
-    ready.push_back(&warp);
+void Launch::start(Block& block, int index) {
+  Warp& warp = block.warps[index];
+  const uint32_t first = index * kWarpSize;
+  const uint32_t size = std::min<uint32_t>(kWarpSize, static_cast<uint32_t>(dim.count()) - first);
+  warp.block = &block;
+  warp.index = index;
+  warp.exists = size == kWarpSize ? kAllLanes : (1u << size) - 1;
+  warp.groups.assign(1, Group{0, warp.exists, Group::kReady});
+  warp.synced = now;
+  warp.pair_synced.clear();
+  warp.copies.clear();
+  warp.local.assign(program.local_bytes * kWarpSize, std::byte{0xFF});
+  for (int i = 0; i < kWarpSize; ++i) {
+    warp.copy_group[i] = 0;
+    warp.fence[i] = {};
+    warp.observed[i].clear();
   }
+  if (warp.register_file.empty()) {
+    constexpr size_t kAlignment = 64;
+    warp.register_file.assign(program.register_bytes + kAlignment, std::byte{0});
+    warp.registers = aligned(warp.register_file, kAlignment);
+    std::copy(program.constants.begin(), program.constants.end(), warp.registers);
+  }
+  // special registers, in the order of SPECIAL_REGISTERS of registers.py
+  uint32_t* special = warp.reg<uint32_t>(0);
+  const auto set = [&](const auto& value_of_lane) {
+    for (int i = 0; i < kWarpSize; ++i) *special++ = value_of_lane(i);
+  };
+  set([&](int i) { return dim.at(first + i).x; });
+  set([&](int i) { return dim.at(first + i).y; });
+  set([&](int i) { return dim.at(first + i).z; });
+  for (const Dim3& d : {dim, grid.at(block.index), grid})
+    for (uint32_t value : {d.x, d.y, d.z}) set([&](int) { return value; });
+  set([](int i) { return i; });
+  set([&](int) { return index; });
+  set([](int i) { return 1u << i; });
+  set([](int i) { return (1u << i) - 1; });
+  ready.push_back(&warp);
 }
 
 // Run the warp until all its threads wait or have exited, or until another warp's turn comes.
@@ -150,8 +153,7 @@ void Launch::run_slice(Warp& warp) {
           warp.groups[i].state = Group::kReady;
           warp.groups.erase(warp.groups.begin() + j);
         }
-    // the one furthest behind goes first, so that they meet again; sometimes another one, which it
-    // may wait for
+    // the one furthest behind goes first, so that they meet; now and then one it may wait for
     size_t next = warp.groups.size();
     const bool at_random = warp.groups.size() > 1 && random() % 8 == 0;
     uint32_t num_ready = 0;
@@ -169,8 +171,8 @@ void Launch::run_slice(Warp& warp) {
           std::string others;
           for (const Group& other : warp.groups)
             if (&other != &group)
-              others += " " + warp.name(first_lane(other.lanes)) + " waits at " +
-                        place(*this, other.pc) + ";";
+              others +=
+                  " " + warp.name(first_lane(other.lanes)) + " waits at " + place(other.pc) + ";";
           fault(warp, first_lane(group.lanes),
                 "warp divergence: a warp operation waits for lanes that are elsewhere;" + others);
         }
@@ -287,7 +289,7 @@ void Launch::arrive_barrier(Warp& warp, size_t index) {
   if (block.num_at_barrier && block.barrier_pc != group.pc)
     fault(warp, lane,
           "barrier divergence: other threads of the block wait at another barrier, " +
-              place(*this, block.barrier_pc));
+              place(block.barrier_pc));
   group.state = Group::kAtBarrier;
   block.barrier_pc = group.pc;
   block.num_at_barrier += __builtin_popcount(group.lanes);
@@ -309,7 +311,7 @@ void Launch::exit(Warp& warp, size_t index) {
   if (block.num_at_barrier)
     fault(warp, first_lane(lanes),
           "barrier divergence: a thread exits, others of its block wait at a barrier, " +
-              place(*this, block.barrier_pc));
+              place(block.barrier_pc));
   block.num_exited += __builtin_popcount(lanes);
   warp.groups.erase(warp.groups.begin() + index);
 }

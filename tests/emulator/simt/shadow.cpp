@@ -65,13 +65,10 @@ bool happened_before(const Actor& actor, uint32_t who, uint32_t time) {
 
 std::string describe(const Launch& launch, uint32_t who) {
   const uint32_t num_threads = static_cast<uint32_t>(launch.dim.count()), thread = who & kThread;
-  const auto text = [](Dim3 d) {
-    return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
-  };
-  const std::string block = "block " + text(launch.grid.at(thread / num_threads));
+  const std::string block = "block " + launch.grid.at(thread / num_threads).text();
   switch (who & kScope) {
     case 0:
-      return "thread " + text(launch.dim.at(thread % num_threads)) + " of " + block;
+      return "thread " + launch.dim.at(thread % num_threads).text() + " of " + block;
     case kWarpFlag:
       return "several threads of warp " + std::to_string(thread % num_threads / kWarpSize) +
              " of " + block;
@@ -122,9 +119,10 @@ void add_reader(Cell& cell, const Actor& actor, uint32_t start_time) {
   cell.read_time = now;
 }
 
+// The cells of kPageBytes of memory. A launch uses, and touches, as many as there are granules in
+// it.
 struct Page {
-  Cell cells[kPageBytes];  // as many of them are used, and touched, as a launch has granules in a
-                           // page
+  Cell cells[kPageBytes];
 };
 struct Free {
   void operator()(Page* page) const { std::free(page); }

@@ -1,10 +1,11 @@
-// mma.sync.aligned.m16n8kK: D = A B + C over the registers of a warp. A is 16 x K, B is K x 8, C
-// and D are 16 x 8.
+// mma.sync.aligned.m16n8kK: D = A B + C over the registers of a warp. A is 16 x K, B is K x 8,
+// C and D are 16 x 8.
 //
-// With g = lane / 4, t = lane % 4 and e values in a register: register r of A holds row g + 8 (r %
-// 2), columns t e + 4 e (r / 2) and the next; register r of B holds column g, rows t e + 4 e r and
-// the next; values 2 r and 2 r + 1 of C and D are in row g + 8 r, columns 2 t and 2 t + 1. K
-// follows from the number of registers. Sums are taken in the order of k.
+// With g = lane / 4, t = lane % 4 and e values in a register:
+// - register r of A holds row g + 8 (r % 2), columns t e + 4 e (r / 2) and the next;
+// - register r of B holds column g, rows t e + 4 e r and the next;
+// - values 2 r and 2 r + 1 of C and D are in row g + 8 r, columns 2 t and 2 t + 1.
+// K follows from the number of registers. Sums are taken in the order of k.
 #include "define.h"
 #include "half.h"
 

@@ -55,12 +55,12 @@ lint: build types  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/native tests/emulator -name '*.cpp' -o -name '*.h')
 
 format: build    ## rewrite the sources as lint wants them
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
-	$(BIN)/clang-format -i $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc tests/native tests/emulator -name '*.cpp' -o -name '*.h')
 
 types:           ## show type checkers the import name: .types/leangpt -> engine, kernels
 	@rm -rf .types && mkdir -p .types/leangpt

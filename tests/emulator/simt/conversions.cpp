@@ -86,36 +86,38 @@ void floats() {
       "cvt.bf16x2.f32", [](float a, float b) { return uint32_t{to_bf16(a)} << 16 | to_bf16(b); });
 }
 
-// mov between a register and a vector of `parts` narrower ones
+// mov between a register and a vector of narrower ones
+
+template <class Whole, class Part>
+constexpr int kParts = sizeof(Whole) / sizeof(Part);
+
+template <class Whole, class Part>
+void pack(Warp& warp, const Instruction& i, Mask lanes) {
+  for (; lanes; lanes &= lanes - 1) {
+    const int l = __builtin_ctz(lanes);
+    Part parts[kParts<Whole, Part>];
+    for (int p = 0; p < kParts<Whole, Part>; ++p) parts[p] = warp.reg<Part>(i.operands[p + 1])[l];
+    std::memcpy(&warp.reg<Whole>(i.operands[0])[l], parts, sizeof parts);
+  }
+}
+
+template <class Whole, class Part>
+void unpack(Warp& warp, const Instruction& i, Mask lanes) {
+  for (; lanes; lanes &= lanes - 1) {
+    const int l = __builtin_ctz(lanes);
+    Part parts[kParts<Whole, Part>];
+    std::memcpy(parts, &warp.reg<Whole>(i.operands[kParts<Whole, Part>])[l], sizeof parts);
+    for (int p = 0; p < kParts<Whole, Part>; ++p) warp.reg<Part>(i.operands[p])[l] = parts[p];
+  }
+}
+
 template <class Whole, class Part>
 void vectors() {
-  constexpr int kParts = sizeof(Whole) / sizeof(Part);
-  const std::string type = std::string(type_name<Whole>()) + "." + type_name<Part>();
-  std::string parts_in, parts_out;
-  for (int p = 0; p < kParts; ++p) {
-    parts_in += std::string(" ") + type_name<Part>();
-    parts_out += std::string(p ? " =" : "=") + type_name<Part>();
-  }
-  table().push_back({"pack." + type, std::string("=") + type_name<Whole>() + parts_in,
-                     [](Warp& warp, const Instruction& i, Mask lanes) {
-                       for (int l = 0; l < kWarpSize; ++l) {
-                         if (!(lanes >> l & 1)) continue;
-                         Part parts[kParts];
-                         for (int p = 0; p < kParts; ++p)
-                           parts[p] = warp.reg<Part>(i.operands[p + 1])[l];
-                         std::memcpy(&warp.reg<Whole>(i.operands[0])[l], parts, sizeof parts);
-                       }
-                     }});
-  table().push_back({"unpack." + type, parts_out + " " + type_name<Whole>(),
-                     [](Warp& warp, const Instruction& i, Mask lanes) {
-                       for (int l = 0; l < kWarpSize; ++l) {
-                         if (!(lanes >> l & 1)) continue;
-                         Part parts[kParts];
-                         std::memcpy(parts, &warp.reg<Whole>(i.operands[kParts])[l], sizeof parts);
-                         for (int p = 0; p < kParts; ++p)
-                           warp.reg<Part>(i.operands[p])[l] = parts[p];
-                       }
-                     }});
+  const std::string whole = type_name<Whole>(), part = type_name<Part>();
+  table().push_back(
+      {"pack." + whole + "." + part, "=" + whole + " " + part + "*", &pack<Whole, Part>});
+  table().push_back(
+      {"unpack." + whole + "." + part, "=" + part + "* " + whole, &unpack<Whole, Part>});
 }
 
 }  // namespace

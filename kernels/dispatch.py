@@ -107,6 +107,13 @@ def _obstacle(backend: Backend, op: str, tensor: Tensor, needs_grad: bool) -> st
     return None
 
 
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """In which products of this tensor are formed."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
 def select(op: str, *tensors: Tensor | None) -> ModuleType:
     """Return the backend that runs `op` on `tensors` (all its tensor arguments: any of them may need a gradient)."""
     given = [t for t in tensors if t is not None]
@@ -118,7 +125,8 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
         return _modules[_forced]  # type: ignore[return-value]
     for backend, module in _modules.items():
         if backend == "triton" and (
-            op in LIBRARY_OPS or (op in LIBRARY_OPS_FLOAT32 and given[0].dtype == torch.float32)
+            op in LIBRARY_OPS
+            or (op in LIBRARY_OPS_FLOAT32 and _compute_dtype(given[0]) == torch.float32)
         ):
             continue
         if _obstacle(backend, op, given[0], needs_grad) is None:

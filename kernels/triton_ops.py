@@ -2,23 +2,96 @@
 
 Every op is a `torch.library.custom_op` with a fake implementation and autograd, so that torch.compile, export and
 FakeTensor see one node; what it computes is written in ops.py.
+
+Within `torch.autocast` the ops do what torch's own do: products run in the dtype of autocast, and norms in the widest of their
+tensors, so that the residual stream stays in float32 where the parameters are.
 """
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 # Triton 3.10 changes the default: products and sums contract to one rounding, as elsewhere on GPUs
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from . import (
+    triton_attention,
+    triton_layer_norm,
+    triton_linear,
+    triton_linear_cross_entropy,
+    triton_mlp,
+    triton_rms_norm,
+)
 from .triton_adamw import adamw_step
-from .triton_attention import attention, attention_varlen
 from .triton_embedding import embedding
-from .triton_layer_norm import add_layer_norm, layer_norm
-from .triton_linear import linear
-from .triton_linear_cross_entropy import linear_cross_entropy
-from .triton_mlp import mlp
-from .triton_rms_norm import add_rms_norm, rms_norm
 from .triton_rotary import rotary, rotary_qkv
 from .triton_sampling import sample
+
+
+def _cast(arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
+    """Floating-point tensors in this dtype, all else as it is."""
+    return [
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    ]
+
+
+def _product(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In the dtype of autocast, where that is on."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return function(*_cast((x, *arguments), dtype))
+        return function(x, *arguments)
+
+    return run
+
+
+def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In the widest dtype of its tensors."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        dtypes = [a.dtype for a in arguments if isinstance(a, Tensor)]
+        return function(*_cast(arguments, functools.reduce(torch.promote_types, dtypes)))
+
+    return run
+
+
+attention = _product(triton_attention.attention)
+attention_varlen = _product(triton_attention.attention_varlen)
+linear = _product(triton_linear.linear)
+linear_cross_entropy = _product(triton_linear_cross_entropy.linear_cross_entropy)
+layer_norm = _norm(triton_layer_norm.layer_norm)
+add_layer_norm = _norm(triton_layer_norm.add_layer_norm)
+rms_norm = _norm(triton_rms_norm.rms_norm)
+add_rms_norm = _norm(triton_rms_norm.add_rms_norm)
+
+
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    run = _product(triton_mlp.mlp)
+    device = x.device.type
+    is_wider = residual is not None and (
+        torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
+    )
+    if residual is not None and is_wider:  # its sum is not to be rounded
+        return residual + run(x, w_in, b_in, w_out, b_out, activation, None, dropout_p)
+    return run(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
+
 
 __all__: list[str] = [
     "adamw_step",

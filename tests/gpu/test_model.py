@@ -1,5 +1,7 @@
 """A whole model on the Triton kernels: it trains as on the reference, compiles whole, and exports for a GPU that is not there."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +81,31 @@ def test_gradients_in_bfloat16(name, device):
         limit = 4 * (grads["baseline"][parameter] - truth).abs().max()
         limit += torch.finfo(torch.bfloat16).eps * max(1.0, truth.abs().max().item())
         assert (grads["triton"][parameter] - truth).abs().max() <= limit, parameter
+
+
+@pytest.mark.parametrize("backend", ["triton", None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast(name, backend, device):
+    """As training in bfloat16 runs: float32 parameters and residual stream, products in bfloat16."""
+    tokens, targets = batch(device)
+    truth = make_model(name, device).double()
+    with use_backend("reference"):
+        truth(tokens, targets).backward()
+    grads = {}
+    for label in ("reference", backend):
+        model = make_model(name, device)
+        with (
+            use_backend(label) if label else nullcontext(),
+            torch.autocast(device, torch.bfloat16),
+        ):
+            loss = model(tokens, targets)
+            assert loss.dtype == torch.float32 and model.hidden(tokens).dtype == torch.float32
+        loss.backward()
+        grads[label] = {n: p.grad.double() for n, p in model.named_parameters()}
+    for parameter, tensor in truth.named_parameters():
+        limit = 4 * (grads["reference"][parameter] - tensor.grad).abs().max()
+        limit += torch.finfo(torch.bfloat16).eps * max(1.0, tensor.grad.abs().max().item())
+        assert (grads[backend][parameter] - tensor.grad).abs().max() <= limit, parameter
 
 
 def test_dropout_is_repeated_by_its_seed(device):

@@ -27,7 +27,7 @@ demo: build      ## train a small GPT on this machine in minutes and generate fr
 test: build      ## run the tests
 	@$(BIN)/python -m pytest -q $(PARALLEL)
 
-test-full: build ## and the GPU kernels in all configurations, dtypes and orders of threads (an hour on two cores)
+test-full: build ## and the GPU kernels in all configurations, dtypes and orders of threads
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "full or not full"
 
 kernels-check: build  ## compile the GPU kernels for four GPUs, compare with kernels/contract.json; no GPU needed

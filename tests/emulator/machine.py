@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .lowering import Program
+    from .ptx import Statement
 
 SOURCES = Path(__file__).parent / "simt"
 CACHE = Path(__file__).parents[2] / "build" / "emulator"
@@ -132,7 +133,8 @@ class Machine:
         num_columns = len(rows) // len(program.statements)
         self._handle = ctypes.c_void_p(
             _library().simt_program(
-                ctypes.c_void_p(rows.buffer_info()[0]), size(len(rows) // num_columns),
+                program.kernel.name.encode(), ctypes.c_void_p(rows.buffer_info()[0]), size(len(rows) // num_columns),
+                (ctypes.c_char_p * len(program.statements))(*map(_place, program.statements)),
                 ctypes.c_void_p(operands.buffer_info()[0]), size(len(operands)),
                 program.constants, size(len(program.constants)), size(program.register_bytes),
                 size(program.kernel.local.num_bytes), program.global_granule, program.shared_granule,
@@ -173,11 +175,10 @@ class Machine:
             (_Buffer * len(ranges))(*ranges), size(len(ranges)),
         )  # fmt: skip
         if message is not None:
-            text = re.sub(r"\{@(\d+)\}", lambda found: self._place(int(found[1])), message.decode())
-            kernel = self.program.kernel.name
-            raise Fault(f"{kernel}[{','.join(map(str, grid))}]: {text}")
+            raise Fault(message.decode())
 
-    def _place(self, row: int) -> str:
-        statement = self.program.statements[row]
-        text = " ".join(statement.text.split())
-        return f"{statement.source}: {text}" if statement.source else text
+
+def _place(statement: "Statement") -> bytes:
+    """Where a statement is from, for reports."""
+    text = " ".join(statement.text.split())
+    return (f"{statement.source}: {text}" if statement.source else text).encode()

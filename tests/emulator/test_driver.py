@@ -260,6 +260,6 @@ def test_reports_name_kernel_thread_and_line():
     with pytest.raises(driver.Fault) as fault:
         _softmax_kernel[(1,)](x, torch.empty(50), 100, 128)
     message = str(fault.value)
-    assert message.startswith("_softmax_kernel[1,1,1]: global write")
+    assert message.startswith("_softmax_kernel(1,1,1): global write")
     assert "'out_ptr'" in message and "thread (" in message and "block (0,0,0)" in message
     assert "test_driver.py:" in message and "st.global" in message

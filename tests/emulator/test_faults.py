@@ -153,7 +153,7 @@ CASES = {
     "access over the end": Case(
         WORDS + "ld.global.v2.b32 {%r3, %r4}, [%d91+HOLE];", "1016", "1020", "over the end of 'a1'"
     ),
-    "wild pointer": Case("HOLE st.global.b32 [%d1], %r90;", "mad.wide.u32 %d1, %r90, 4, %d90;", "mul.wide.u32 %d1, %r90, 4;", "in no argument"),
+    "wild pointer": Case("HOLE st.global.b32 [%d1], %r90;", "mad.wide.u32 %d1, %r90, 4, %d90;", "mul.wide.u32 %d1, %r90, 4;", "no memory of the kernel"),
     "misaligned global memory": Case(
         WORDS + "ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%d91+HOLE];", "16", "8", "misaligned global read"
     ),
@@ -317,7 +317,7 @@ def test_bugs_in_triton_are_caught(seed):
             _copy_kernel[(1,)](x[100:], out, -1, 128, 128)
         huge = torch.empty(0).set_(torch.UntypedStorage(4 * (2**31 + 64)), 0, (2**31 + 64,))
         with fault(
-            "out of bounds.*no argument"
+            "out of bounds.*no memory of the kernel"
         ):  # program 2: the offset of 2**31 does not fit an int32
             _copy_kernel[(3,)](huge, out, 0, 2**30, 32)
         wide = torch.randn(1024)

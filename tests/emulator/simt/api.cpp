@@ -1,5 +1,5 @@
 // What Python calls.
-#include <cstdio>
+#include <algorithm>
 
 #include "define.h"
 
@@ -37,6 +37,12 @@ struct Row {
   int64_t entry, guard, is_negated, immediate, first_operand, num_operands, space, order, is_label;
 };
 
+// Memory of the host that a kernel may access.
+struct Range {
+  uintptr_t begin, end;
+  const char* name;
+};
+
 }  // namespace
 
 extern "C" {
@@ -51,11 +57,14 @@ const char* simt_instructions() {
   return text.c_str();
 }
 
-Program* simt_program(const Row* rows, size_t num_rows, const uint32_t* operands,
-                      size_t num_operands, const std::byte* constants, size_t constant_bytes,
-                      size_t register_bytes, size_t local_bytes, int global_granule,
-                      int shared_granule) {
+// `statements` are the rows' places in the source.
+Program* simt_program(const char* name, const Row* rows, size_t num_rows,
+                      const char* const* statements, const uint32_t* operands, size_t num_operands,
+                      const std::byte* constants, size_t constant_bytes, size_t register_bytes,
+                      size_t local_bytes, int global_granule, int shared_granule) {
   Program* program = new Program;
+  program->name = name;
+  program->statements.assign(statements, statements + num_rows);
   program->operands.assign(operands, operands + num_operands);
   program->constants.assign(constants, constants + constant_bytes);
   program->register_bytes = register_bytes;
@@ -74,12 +83,16 @@ Program* simt_program(const Row* rows, size_t num_rows, const uint32_t* operands
   return program;
 }
 
-// Run a grid. Null, or what went wrong: "{@7}" in it stands for instruction 7.
+// Run a grid. Null, or what went wrong.
 const char* simt_launch(const Program* program, const std::byte* params, size_t num_params,
                         const Dim3* grid, const Dim3* block, uint32_t shared_bytes,
-                        const Options* options, const Buffer* buffers, size_t num_buffers) {
-  Launch launch(*program, *options, params, num_params, *grid, *block, shared_bytes,
-                {buffers, buffers + num_buffers});
+                        const Options* options, const Range* ranges, size_t num_ranges) {
+  std::vector<Buffer> buffers;
+  for (const Range* r = ranges; r != ranges + num_ranges; ++r)
+    buffers.push_back({r->begin, r->end, r->name, reinterpret_cast<std::byte*>(r->begin), nullptr});
+  std::sort(buffers.begin(), buffers.end(),
+            [](const Buffer& a, const Buffer& b) { return a.begin < b.begin; });
+  Launch launch(*program, *options, params, num_params, *grid, *block, shared_bytes, buffers);
   try {
     launch.run();
     return nullptr;

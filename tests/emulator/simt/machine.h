@@ -52,7 +52,9 @@ struct Fault : std::runtime_error {
 };
 
 struct Program {
+  std::string name;  // of the kernel
   std::vector<Instruction> code;
+  std::vector<std::string> statements;  // where each comes from, for reports
   std::vector<uint32_t> operands;
   std::vector<bool> is_label;
   std::vector<std::byte> constants;  // the first registers of every warp's file
@@ -71,9 +73,12 @@ struct Options {
   uint64_t max_instructions;
 };
 
+// A range of global memory that kernels may access.
 struct Buffer {
   uintptr_t begin, end;
   const char* name;
+  std::byte* memory;     // what lies at `begin`; null: the memory was freed
+  uint8_t* initialised;  // whether each byte was written, or null: all were
 };
 
 struct Dim3 {
@@ -150,7 +155,8 @@ struct Block {
   uint32_t barrier_pc;
 };
 
-// One launch of a kernel; the faults are thrown out of run().
+// One launch of a kernel; the faults are thrown out of run(). `buffers` are in the order of their
+// addresses.
 struct Launch {
   const Program& program;
   Options options;
@@ -158,7 +164,7 @@ struct Launch {
   size_t num_params;
   Dim3 grid, dim;
   uint32_t shared_bytes;
-  std::vector<Buffer> buffers;
+  const std::vector<Buffer>& buffers;
 
   std::vector<Block> blocks;  // the resident ones
   std::vector<Warp*> ready;
@@ -171,7 +177,7 @@ struct Launch {
   uint64_t num_instructions = 0;
 
   Launch(const Program& program, const Options& options, const std::byte* params, size_t num_params,
-         Dim3 grid, Dim3 dim, uint32_t shared_bytes, std::vector<Buffer> buffers)
+         Dim3 grid, Dim3 dim, uint32_t shared_bytes, const std::vector<Buffer>& buffers)
       : program(program),
         options(options),
         params(params),
@@ -179,9 +185,10 @@ struct Launch {
         grid(grid),
         dim(dim),
         shared_bytes(shared_bytes),
-        buffers(std::move(buffers)) {}
+        buffers(buffers) {}
 
   void run();
+  const std::string& place(uint32_t pc) const { return program.statements[pc]; }
 
  private:
   void start(Block& block);
@@ -195,8 +202,6 @@ struct Launch {
 
 extern uint32_t now;  // logical time: grows at each synchronisation, never goes back
 
-// "{@7}", which stands for instruction 7 until the driver puts its text there.
-std::string place(size_t pc);
 [[noreturn]] void fault(const Warp& warp, int lane, const std::string& message);
 
 // An instruction of the emulator. Its signature is the types of its operands: `=` marks a result,

@@ -18,7 +18,7 @@ const char* verb(Access access) {
 
 [[noreturn]] void wild(const Actor& actor, Access access, uintptr_t address) {
   const Launch& launch = *actor.warp.block->launch;
-  std::string where = "the address is in no argument of the kernel";
+  std::string where = "no memory of the kernel is near this address";
   uintptr_t nearest = 1 << 16;
   for (const Buffer& b : launch.buffers) {
     const bool is_behind = address >= b.end;
@@ -33,32 +33,53 @@ const char* verb(Access access) {
         std::string("global ") + verb(access) + " out of bounds: " + where);
 }
 
-std::byte* global_memory(const Actor& actor, Access access, uintptr_t address, size_t num_bytes,
-                         size_t alignment, const std::byte* stored) {
-  Launch& launch = *actor.warp.block->launch;
+// The buffer that holds all of an access. Buffers may overlap.
+const Buffer& buffer_of(const Actor& actor, Access access, uintptr_t address, size_t num_bytes) {
+  const std::vector<Buffer>& buffers = actor.warp.block->launch->buffers;
   static size_t recent = 0;
   const auto holds = [&](const Buffer& b) {
     return address >= b.begin && address + num_bytes <= b.end;
   };
-  if (recent >= launch.buffers.size() || !holds(launch.buffers[recent])) {
-    const auto found = std::find_if(launch.buffers.begin(), launch.buffers.end(), holds);
-    if (found == launch.buffers.end()) {
-      for (const Buffer& b : launch.buffers)
-        if (address >= b.begin && address < b.end)
-          fault(actor.warp, std::max(actor.lane, 0),
-                std::string("global ") + verb(access) + " of " + std::to_string(num_bytes) +
-                    " bytes over the end of '" + b.name + "'");
-      wild(actor, access, address);
+  if (recent < buffers.size() && holds(buffers[recent])) return buffers[recent];
+  auto found = std::upper_bound(buffers.begin(), buffers.end(), address,
+                                [](uintptr_t a, const Buffer& b) { return a < b.begin; });
+  while (found != buffers.begin())
+    if (holds(*--found)) {
+      recent = found - buffers.begin();
+      return *found;
     }
-    recent = found - launch.buffers.begin();
-  }
-  if (address % alignment) {
-    const Buffer& b = launch.buffers[recent];
+  for (const Buffer& b : buffers)
+    if (address >= b.begin && address < b.end)
+      fault(actor.warp, std::max(actor.lane, 0),
+            std::string("global ") + verb(access) + " of " + std::to_string(num_bytes) +
+                " bytes over the end of '" + b.name + "'");
+  wild(actor, access, address);
+}
+
+std::byte* global_memory(const Actor& actor, Access access, uintptr_t address, size_t num_bytes,
+                         size_t alignment, const std::byte* stored) {
+  Launch& launch = *actor.warp.block->launch;
+  const Buffer& buffer = buffer_of(actor, access, address, num_bytes);
+  const uintptr_t offset = address - buffer.begin;
+  const auto refuse = [&](const std::string& what, uintptr_t byte) {
     fault(actor.warp, std::max(actor.lane, 0),
-          std::string("misaligned global ") + verb(access) + " of " + std::to_string(num_bytes) +
-              " bytes in '" + b.name + "' at byte " + std::to_string(address - b.begin));
+          what + verb(access) + " of " + std::to_string(num_bytes) + " bytes in '" + buffer.name +
+              "' at byte " + std::to_string(byte));
+  };
+  if (!buffer.memory) refuse("use after free: global ", offset);
+  if (address % alignment) refuse("misaligned global ", offset);
+  if (buffer.initialised) {
+    uint8_t* states = buffer.initialised + offset;
+    if (access == Access::kWrite || stored) {
+      std::memset(states, 1, num_bytes);
+    } else {
+      const void* fresh = std::memchr(states, 0, num_bytes);
+      if (fresh)
+        refuse("global memory that nobody wrote: ",
+               static_cast<const uint8_t*>(fresh) - buffer.initialised);
+    }
   }
-  std::byte* memory = reinterpret_cast<std::byte*>(address);
+  std::byte* memory = buffer.memory + offset;
   if (launch.options.race) {
     const int granule = launch.program.global_granule;
     check_cells(actor, access, global_cells(launch, address), num_bytes >> granule, granule, memory,
@@ -84,7 +105,7 @@ std::byte* shared_memory(const Actor& actor, Access access, uint64_t offset, siz
               " bytes at byte " + std::to_string(offset));
   const size_t first = offset >> granule, count = num_bytes >> granule;
   uint8_t* states = &block.granules[first];
-  if (access == Access::kWrite) {
+  if (access == Access::kWrite || stored) {
     std::fill_n(states, count, Block::kInitialised);
   } else {
     for (size_t i = 0; i < count; ++i)
@@ -270,7 +291,7 @@ void define_atomics() {
 
 void finish(Warp& warp, const AsyncCopy& copy) {
   std::byte values[16] = {};
-  std::memcpy(values, copy.source, copy.source_bytes);
+  if (copy.source_bytes) std::memcpy(values, copy.source, copy.source_bytes);
   std::byte* memory = shared_memory(Actor(warp, copy.lane), Access::kWrite, copy.destination,
                                     copy.num_bytes, copy.num_bytes, values);
   std::memcpy(memory, values, copy.num_bytes);
@@ -286,16 +307,14 @@ void async_copy(Warp& warp, const Instruction& i, Mask lanes) {
     const uint64_t source = warp.reg<uint64_t>(i.operands[1])[lane] + i.immediate;
     const uint32_t num_bytes = warp.reg<uint32_t>(i.operands[2])[lane];
     const uint32_t source_bytes = std::min(warp.reg<uint32_t>(i.operands[3])[lane], num_bytes);
-    if (source_bytes) global_memory(actor, Access::kRead, source, source_bytes, 1, nullptr);
+    const std::byte* memory_from =
+        source_bytes ? global_memory(actor, Access::kRead, source, source_bytes, 1, nullptr)
+                     : nullptr;
     if (source_bytes && source % num_bytes)
       fault(warp, lane,
             "misaligned global read of a cp.async of " + std::to_string(num_bytes) + " bytes");
-    const AsyncCopy copy{lane,
-                         warp.copy_group[lane],
-                         destination,
-                         reinterpret_cast<const std::byte*>(source),
-                         static_cast<int>(num_bytes),
-                         static_cast<int>(source_bytes)};
+    const AsyncCopy copy{lane,        warp.copy_group[lane],       destination,
+                         memory_from, static_cast<int>(num_bytes), static_cast<int>(source_bytes)};
     if (launch.options.early_async) return finish(warp, copy);
     std::byte* memory =
         shared_memory(actor, Access::kWrite, destination, num_bytes, num_bytes, nullptr);

@@ -40,12 +40,11 @@ std::string Warp::name(int lane) const {
          launch.grid.at(block->index).text();
 }
 
-std::string place(size_t pc) { return "{@" + std::to_string(pc) + "}"; }
-
 void fault(const Warp& warp, int lane, const std::string& message) {
   const Launch& launch = *warp.block->launch;
-  const size_t pc = launch.current - launch.program.code.data();
-  throw Fault(message + " [" + warp.name(lane) + ", " + place(pc) + "]");
+  const uint32_t pc = static_cast<uint32_t>(launch.current - launch.program.code.data());
+  throw Fault(launch.program.name + launch.grid.text() + ": " + message + " [" + warp.name(lane) +
+              ", " + launch.place(pc) + "]");
 }
 
 void Launch::run() {

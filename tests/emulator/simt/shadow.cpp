@@ -89,10 +89,9 @@ std::string describe(const Launch& launch, uint32_t who) {
   if (address >= block.shared && address < block.shared + launch.shared_bytes) {
     where = "shared memory at byte " + std::to_string(address - block.shared);
   } else {
-    const uintptr_t a = reinterpret_cast<uintptr_t>(address);
     for (const Buffer& b : launch.buffers)
-      if (a >= b.begin && a < b.end)
-        where = std::string("'") + b.name + "' at byte " + std::to_string(a - b.begin);
+      if (b.memory && address >= b.memory && address < b.memory + (b.end - b.begin))
+        where = std::string("'") + b.name + "' at byte " + std::to_string(address - b.memory);
   }
   fault(actor.warp, std::max(actor.lane, 0),
         "data race on " + where + ": " + names[static_cast<int>(access)] + " after a" + earlier +

@@ -41,7 +41,7 @@ sanitize: build/sanitize/address build/sanitize/thread  ## run the decode engine
 
 build/sanitize/address: SANITIZERS := address,undefined
 build/sanitize/thread: SANITIZERS := thread
-build/sanitize/%: $(wildcard csrc/cpu/*) tests/native/engine_test.cpp
+build/sanitize/%: $(wildcard csrc/cpu/*) csrc/batch.cpp csrc/kv_blocks.cpp $(wildcard csrc/*.h) tests/native/engine_test.cpp
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -pthread -ffp-contract=off -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
 	    -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Icsrc/cpu $(filter %.cpp,$^) -o $@

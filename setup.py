@@ -61,7 +61,7 @@ def native_extensions() -> list[Extension]:
         ),
         Extension(
             "leangpt.kernels._engine",
-            sorted(["csrc/engine.cpp", *glob("csrc/cpu/*.cpp")]),
+            sorted(["csrc/engine.cpp", "csrc/batch.cpp", "csrc/kv_blocks.cpp", *glob("csrc/cpu/*.cpp")]),
             depends=headers,
             language="c++",
             py_limited_api=True,

@@ -16,9 +16,8 @@
 
 #define LEANGPT_EXPORT extern "C" __attribute__((visibility("default")))
 
-using leangpt::cpu::Batch;
+using namespace leangpt;
 using leangpt::cpu::Decoder;
-using leangpt::cpu::Matrix;
 
 namespace {
 
@@ -31,7 +30,7 @@ int guarded(const F& f) {
   try {
     f();
     return kOk;
-  } catch (const leangpt::cpu::CacheFull& e) {
+  } catch (const CacheFull& e) {
     error = e.what();
     return kCacheFull;
   } catch (const std::invalid_argument& e) {
@@ -50,7 +49,7 @@ int guarded(const F& f) {
 template <class F>
 int guarded_work(const F& f) {
   return guarded([&] {
-    const auto turn = leangpt::cpu::Team::get().turn();
+    const auto turn = cpu::Team::get().turn();
     f();
   });
 }
@@ -60,23 +59,22 @@ int guarded_work(const F& f) {
 LEANGPT_EXPORT const char* leangpt_error() { return error.c_str(); }
 
 LEANGPT_EXPORT int leangpt_isa(const char** name) {
-  return guarded([&] { *name = leangpt::cpu::isa_name(leangpt::cpu::active_isa()); });
+  return guarded([&] { *name = cpu::isa_name(cpu::active_isa()); });
 }
 
 LEANGPT_EXPORT int leangpt_set_threads(int count) {
-  return guarded([&] { leangpt::cpu::Team::get().set_num_threads(count); });
+  return guarded([&] { cpu::Team::get().set_num_threads(count); });
 }
 
-LEANGPT_EXPORT int leangpt_num_threads() { return leangpt::cpu::Team::get().num_threads(); }
+LEANGPT_EXPORT int leangpt_num_threads() { return cpu::Team::get().num_threads(); }
 
-LEANGPT_EXPORT int leangpt_kv_block_size() { return leangpt::cpu::KvCache::kBlockSize; }
+LEANGPT_EXPORT int leangpt_kv_block_size() { return KvBlocks::kBlockSize; }
 
 // Bytes of the packed data, scales and minimums of a matrix whose kind, n, k and group are filled
 // in.
 LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
-  const int64_t scales = int64_t{w->panels()} * w->groups() * leangpt::cpu::kPanelWidth;
-  const bool is_integer =
-      w->kind == leangpt::cpu::WeightKind::kInt8 || w->kind == leangpt::cpu::WeightKind::kInt4;
+  const int64_t scales = int64_t{w->panels()} * w->groups() * kPanelWidth;
+  const bool is_integer = w->kind == WeightKind::kInt8 || w->kind == WeightKind::kInt4;
   bytes[0] = w->panels() * w->panel_bytes();
   bytes[1] = !is_integer ? 0 : w->group == 0 ? scales * 4 : scales * 2;
   bytes[2] = is_integer && w->group != 0 ? scales * 2 : 0;
@@ -146,47 +144,46 @@ LEANGPT_EXPORT int leangpt_screen_errors(const Matrix* head, const Matrix* scree
 
 // One row of a packed matrix as the products see it: round_up(k, 16) floats.
 LEANGPT_EXPORT void leangpt_unpack_row(const Matrix* w, int row, float* out) {
-  leangpt::cpu::kernels().unpack_row(*w, row, out);
+  cpu::kernels().unpack_row(*w, row, out);
 }
 
 // The product of (rows, round_up(k, 16)) activations with a packed matrix, for tests and benchmarks
 // of that alone.
 LEANGPT_EXPORT int leangpt_linear(const Matrix* w, const float* x, int64_t rows, float* out) {
   return guarded_work([&] {
-    const int64_t stride = leangpt::cpu::round_up(w->k, leangpt::cpu::kLanes);
-    leangpt::cpu::Linear linear;
-    linear.convert(*w, rows, [&](int64_t row, const leangpt::cpu::Activations& a) {
-      leangpt::cpu::kernels().convert_row(x + row * stride, *w, a, row);
+    const int64_t stride = round_up(w->k, kLanes);
+    cpu::Linear linear;
+    linear.convert(*w, rows, [&](int64_t row, const cpu::Activations& a) {
+      cpu::kernels().convert_row(x + row * stride, *w, a, row);
     });
-    linear.multiply(*w, rows, out, w->n, false, leangpt::cpu::Activation::kNone);
+    linear.multiply(*w, rows, out, w->n, false, Activation::kNone);
   });
 }
 
-LEANGPT_EXPORT int leangpt_decoder_new(const leangpt::cpu::Model* model, int kv_kind,
-                                       int32_t num_blocks, Decoder** decoder) {
-  return guarded([&] {
-    *decoder = new Decoder(*model, static_cast<leangpt::cpu::KvKind>(kv_kind), num_blocks);
-  });
+LEANGPT_EXPORT int leangpt_decoder_new(const Model* model, int kv_kind, int32_t num_blocks,
+                                       Decoder** decoder) {
+  return guarded(
+      [&] { *decoder = new Decoder(*model, static_cast<cpu::KvKind>(kv_kind), num_blocks); });
 }
 
 LEANGPT_EXPORT void leangpt_decoder_delete(Decoder* decoder) { delete decoder; }
 
-LEANGPT_EXPORT int64_t leangpt_add_sequence(Decoder* decoder) { return decoder->cache().add(); }
+LEANGPT_EXPORT int64_t leangpt_add_sequence(Decoder* decoder) { return decoder->blocks().add(); }
 
 LEANGPT_EXPORT int leangpt_fork(Decoder* decoder, int64_t sequence, int64_t* copy) {
-  return guarded([&] { *copy = decoder->cache().fork(sequence); });
+  return guarded([&] { *copy = decoder->blocks().fork(sequence); });
 }
 
 LEANGPT_EXPORT int leangpt_truncate(Decoder* decoder, int64_t sequence, int64_t length) {
-  return guarded([&] { decoder->cache().truncate(sequence, length); });
+  return guarded([&] { decoder->blocks().truncate(sequence, length); });
 }
 
 LEANGPT_EXPORT int leangpt_drop(Decoder* decoder, int64_t sequence) {
-  return guarded([&] { decoder->cache().drop(sequence); });
+  return guarded([&] { decoder->blocks().drop(sequence); });
 }
 
 LEANGPT_EXPORT int32_t leangpt_free_blocks(Decoder* decoder) {
-  return decoder->cache().free_blocks();
+  return decoder->blocks().free_blocks();
 }
 
 LEANGPT_EXPORT int leangpt_hidden(Decoder* decoder, const Batch* batch, float* out) {
@@ -203,15 +200,13 @@ LEANGPT_EXPORT int leangpt_logprobs(Decoder* decoder, const Batch* batch, const 
 }
 
 LEANGPT_EXPORT int leangpt_sample(Decoder* decoder, const Batch* batch,
-                                  const leangpt::cpu::DrawSettings* settings,
-                                  leangpt::cpu::Drawn* out) {
+                                  const DrawSettings* settings, Drawn* out) {
   return guarded_work([&] { decoder->sample(*batch, settings, out); });
 }
 
 LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,
-                                const leangpt::cpu::DrawSettings* settings,
-                                leangpt::cpu::Drawn* out) {
-  return guarded([&] { *out = leangpt::cpu::draw(logits, vocab_size, *settings); });
+                                const DrawSettings* settings, Drawn* out) {
+  return guarded([&] { *out = cpu::draw(logits, vocab_size, *settings); });
 }
 
 // Read memory on all threads, as products read their weights: for benchmarks to time.

@@ -7,7 +7,6 @@
 #include <queue>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 
 #include "threads.h"
 
@@ -19,70 +18,24 @@ constexpr int64_t kLogitRows = 64;  // logits that are held at a time
 constexpr int64_t kScreenedRows = 4;
 constexpr int64_t kScreenedTopK = 256;
 
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string text(int64_t n) { return std::to_string(n); }
-
 }  // namespace
 
 Decoder::Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks)
     : model_(model),
+      blocks_(num_blocks),
       cache_(model.config.n_layer, model.config.n_kv_head, model.config.head_dim, kv_kind,
              num_blocks) {
   if (model.config.head_dim > kMaxHeadDim) {
-    fail("head_dim must be at most " + text(kMaxHeadDim) + ", got " + text(model.config.head_dim));
+    throw std::invalid_argument("head_dim must be at most " + std::to_string(kMaxHeadDim) +
+                                ", got " + std::to_string(model.config.head_dim));
   }
 }
 
-// Check everything, and only then give the sequences their pages.
 void Decoder::prepare(const Batch& batch) {
   const ModelConfig& config = model_.config;
-  std::unordered_map<int64_t, int64_t> new_tokens;
-  rows_.resize(batch.num_tokens);
-  for (int64_t i = 0; i < batch.num_tokens; ++i) {
-    const int64_t token = batch.tokens[i];
-    if (token < 0 || token >= config.vocab_size) {
-      fail("token ids must be in [0, " + text(config.vocab_size) + "), got " + text(token));
-    }
-    Sequence& sequence = cache_.at(batch.sequences[i]);
-    const int64_t expected = sequence.length + new_tokens[batch.sequences[i]]++;
-    if (batch.positions[i] != expected) {
-      fail("the next position of sequence " + text(batch.sequences[i]) + " is " + text(expected) +
-           ", got " + text(batch.positions[i]));
-    }
-    if (expected >= config.max_seq_len) {
-      fail("a sequence holds at most " + text(config.max_seq_len) + " tokens, got " +
-           text(expected + 1));
-    }
-    rows_[i] = {&sequence, expected, false};
-  }
-  for (int64_t i = 0; i < batch.num_outputs; ++i) {
-    if (batch.output_rows[i] < 0 || batch.output_rows[i] >= batch.num_tokens) {
-      fail("output rows must be in [0, " + text(batch.num_tokens) + "), got " +
-           text(batch.output_rows[i]));
-    }
-  }
-  int64_t needed = 0;
-  std::unordered_map<int32_t, int32_t> leaving;  // sequences that part from a shared page
-  for (const auto& [sequence, tokens] : new_tokens) {
-    const Sequence& s = cache_.at(sequence);
-    needed += cache_.blocks_needed(s, tokens);
-    const int32_t page = cache_.shared_page(s);
-    if (page >= 0 && ++leaving[page] == cache_.num_holders(page)) --needed;  // one may keep it
-  }
-  if (needed > cache_.free_blocks()) {
-    throw CacheFull("the key/value cache is full: this step needs " + text(needed) +
-                    " more pages of " + text(KvCache::kBlockSize) + " tokens, " +
-                    text(cache_.free_blocks()) + " of " + text(cache_.num_blocks()) +
-                    " are free. Drop sequences, or make the cache larger (num_blocks)");
-  }
-  for (const auto& [sequence, tokens] : new_tokens) {
-    cache_.reserve(cache_.at(sequence), tokens);
-  }
-  for (int64_t i = 0; i < batch.num_tokens; ++i) {
-    const int64_t length = rows_[i].sequence->length + new_tokens[batch.sequences[i]];
-    rows_[i].is_last = rows_[i].position == length - 1;
-  }
+  std::vector<BlockCopy> copies;
+  rows_ = admit(batch, config, blocks_, &copies);
+  cache_.copy(copies);
 
   const int heads_per_kv = config.n_head / config.n_kv_head;
   const int64_t tile_rows = std::max(1, kernels().max_queries / heads_per_kv);
@@ -394,11 +347,7 @@ void Decoder::logits(const Batch& batch, float* out) {
 
 void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
   const int64_t V = model_.config.vocab_size;
-  for (int64_t i = 0; i < batch.num_outputs; ++i) {
-    if (targets[i] < 0 || targets[i] >= V) {
-      fail("targets must be in [0, " + text(V) + "), got " + text(targets[i]));
-    }
-  }
+  check_targets(batch, targets, V);
   prepare(batch);
   run_blocks(batch);
   for_logits(batch, nullptr, nullptr, [&](int64_t i, const float* logits) {

@@ -1,6 +1,4 @@
-// Runs a packed model over growing sequences. One step takes a flat batch of tokens: a piece of a
-// prompt is many tokens of one sequence, decoding is one token of each of many, and a batch may mix
-// both.
+// Runs a packed model over growing sequences, a batch of tokens at a step.
 //
 // The results of a sequence have the same bits whatever else is in the batch, however its tokens
 // were cut into steps, and with any number of threads: every sum runs in an order that depends on
@@ -11,26 +9,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "../batch.h"
+#include "../model.h"
 #include "buffer.h"
 #include "kv_cache.h"
 #include "linear.h"
-#include "model.h"
 #include "sampling.h"
 
 namespace leangpt::cpu {
-
-struct Batch {
-  const int64_t *tokens, *sequences, *positions;
-  int64_t num_tokens;
-  const int64_t* output_rows;
-  int64_t num_outputs;
-};
 
 class Decoder {
  public:
   Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks);
 
-  KvCache& cache() { return cache_; }
+  KvBlocks& blocks() { return blocks_; }
 
   // Append the tokens to their sequences; write (num_outputs, n_embd) hidden states behind the
   // final norm, (num_outputs, vocab_size) logits, or the log-probability of each target. Throws
@@ -42,11 +34,6 @@ class Decoder {
   void sample(const Batch& batch, const DrawSettings* settings, Drawn* out);
 
  private:
-  struct Row {
-    Sequence* sequence;
-    int64_t position;
-    bool is_last;  // of its sequence in this batch
-  };
   // Consecutive rows of one sequence that attend together.
   struct Tile {
     int64_t first_row;
@@ -68,6 +55,7 @@ class Decoder {
   void screened_logits(int64_t count, const DrawSettings* settings, float* logits);
 
   const Model model_;
+  KvBlocks blocks_;
   KvCache cache_;
   std::vector<Row> rows_;
   std::vector<Tile> tiles_;

@@ -4,53 +4,14 @@
 
 #include <cstdint>
 
+#include "../matrix.h"
+
 namespace leangpt::cpu {
 
-constexpr int kLanes = 16;       // floats of a Vec, keys of a page
 constexpr int kPanelVecs = 4;    // Vecs of outputs in a panel
-constexpr int kPanelWidth = 64;  // outputs of a panel
 constexpr int kChunkKeys = 256;  // keys whose softmax is formed at once
 constexpr int kMaxTileQueries = 12;
 constexpr int kMaxHeadDim = 512;
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
-enum class WeightKind : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
-
-// A weight matrix (n outputs, k inputs), packed in panels of 64 outputs, one after the other, so
-// that a product reads its weights as one stream. A step of a panel is 4 times 64 bytes, for 16
-// outputs each:
-//   fp32  1 input  x 16 outputs
-//   bf16  2 inputs x 16 outputs, those of an output side by side
-//   int8  4 inputs x 16 outputs, likewise; a byte is the weight plus 128
-//   int4  8 inputs x 16 outputs: low halves of the bytes as the 4 first inputs, high halves as the
-//   4
-//         next; the weight plus 8
-// Integers q stand for the weight scale * q (+ minimum). Scales are float32 per output where group
-// is 0; otherwise there is a float16 scale, and a float16 minimum if the format is asymmetric, for
-// each `group` inputs: [panel][group][64].
-struct Matrix {
-  const uint8_t* data;
-  const void* scales;
-  const uint16_t* minimums;  // null: symmetric
-  const float* bias;         // round_up(n, 64) floats, or null
-  WeightKind kind;
-  int32_t n, k;
-  int32_t group;  // 0: one scale an output
-  int32_t
-      digits;  // of the activations that integers are multiplied with: 3 (24 bits) or 1 (8 bits)
-
-  int panels() const { return static_cast<int>(round_up(n, kPanelWidth) / kPanelWidth); }
-  int64_t padded_k() const { return round_up(k, group > kLanes ? group : kLanes); }
-  int64_t groups() const { return group == 0 ? 1 : padded_k() / group; }
-  int64_t steps() const {
-    constexpr int kInputs[] = {1, 2, 4, 8};
-    return padded_k() / kInputs[static_cast<int>(kind)];
-  }
-  int64_t panel_bytes() const { return steps() * kPanelWidth * 4; }
-};
 
 // Rows of activations in the form that a format multiplies: float32, bfloat16, or integers. An
 // integer row is `digits` rows of int8, from the highest digit (base 256) to the lowest; all belong
@@ -93,8 +54,6 @@ struct AttentionTile {
 constexpr int64_t attention_state_floats(int head_dim) {
   return kLanes + round_up(head_dim, kLanes);
 }
-
-enum class Activation : int32_t { kNone = 0, kGeluTanh = 1, kGelu = 2, kRelu2 = 3, kSwiglu = 4 };
 
 // What becomes of a tile of a product.
 struct Epilogue {

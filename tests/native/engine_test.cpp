@@ -215,14 +215,14 @@ class OneByOne {
 
   // Rows [start, end) of a text.
   std::vector<float> operator()(const Tokens& text, int64_t start) {
-    const int64_t sequence = decoder_.cache().add();
+    const int64_t sequence = decoder_.blocks().add();
     std::vector<float> all;
     for (size_t i = 0; i < text.size(); ++i) {
       const auto row =
           logits_of(decoder_, vocab_, Step({{sequence, static_cast<int64_t>(i), {text[i]}}}));
       if (static_cast<int64_t>(i) >= start) all.insert(all.end(), row.begin(), row.end());
     }
-    decoder_.cache().drop(sequence);
+    decoder_.blocks().drop(sequence);
     return all;
   }
 
@@ -275,7 +275,7 @@ void run_randomly(const Format& format, bool is_llama, uint64_t seed) {
   const auto kind = static_cast<KvKind>(below(random, 3));
   OneByOne one_by_one(model, kind);
   Decoder decoder(model, kind, static_cast<int32_t>(4 + below(random, 40)));
-  KvCache& cache = decoder.cache();
+  KvBlocks& cache = decoder.blocks();
   std::map<int64_t, Tokens> texts;
   const auto any = [&] {
     return std::next(texts.begin(), below(random, static_cast<int64_t>(texts.size())));

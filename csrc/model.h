@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "matrix.h"
 
-namespace leangpt::cpu {
+namespace leangpt {
 
 struct ModelConfig {
   int32_t n_layer, n_head, n_kv_head, head_dim, n_embd, n_inner, vocab_size, max_seq_len;
@@ -41,4 +41,4 @@ struct Model {
   const float* screen_errors;  // (round_up(vocab_size, 64))
 };
 
-}  // namespace leangpt::cpu
+}  // namespace leangpt

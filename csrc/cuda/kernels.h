@@ -1,0 +1,132 @@
+// The launchers of the CUDA kernels. All pointers are device memory but where it says host; all
+// work is queued on `stream`. A launcher throws std::invalid_argument for what its kernel cannot
+// take, and std::runtime_error where the launch fails. Sizes and ids inside device memory (tokens,
+// pages, rows) were checked by the caller.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../draw.h"
+#include "../matrix.h"
+
+namespace leangpt::cuda {
+
+constexpr int kPageSize = 16;    // keys of a page
+constexpr int kSplitKeys = 256;  // keys whose softmax is formed at once
+constexpr int kMaxHeadDim = 256;
+
+// A norm in front of a product: null weight: none. Layer norm has a bias or none, RMS norm has
+// none.
+struct Norm {
+  const float* weight;
+  const float* bias;
+  float eps;
+  bool is_rms;
+};
+
+// Rows that are multiplied: either float32 rows of the stream, with the norm in front, or bfloat16
+// rows as they are.
+struct LinearInput {
+  const float* stream;   // (.., stride), or null
+  const uint16_t* rows;  // bfloat16 (.., stride), or null
+  int64_t stride;
+  const int32_t* row_of;  // row i of the product is row row_of[i] here; null: i
+  Norm norm;
+};
+
+// Where the product goes: exactly one pointer is set.
+struct LinearOutput {
+  float* out;      // out = product + bias
+  float* stream;   // stream += product + bias
+  uint16_t* bf16;  // bf16 = activation(product + bias); kSwiglu: half as many outputs
+  int64_t stride;
+  Activation activation;
+};
+
+void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
+                   cudaStream_t stream);
+
+// out (num_rows, out_stride) = norm of rows row_of[i] (null: i) of x.
+void normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm& norm, int width,
+               float* out, int64_t out_stride, int num_rows, cudaStream_t stream);
+
+// stream (num_rows, stride) = row tokens[i] of the embedding + row positions[i] of `learned`, if
+// any.
+void embed(const Matrix& embedding, const float* learned, int64_t learned_stride,
+           const int32_t* tokens, const int32_t* positions, float* stream_out, int64_t stride,
+           int num_rows, cudaStream_t stream);
+
+enum class KvKind : int32_t { kBf16 = 1, kInt8 = 2 };  // as cpu::KvKind
+
+// The pages of one layer. (5c: say the layout here.)
+struct KvLayer {
+  uint8_t* base;
+  int64_t block_bytes;
+  KvKind kind;
+};
+int64_t kv_block_bytes(int n_kv_head, int head_dim, KvKind kind);
+
+// What a step's rows are, for attention: row i belongs to a sequence whose pages are
+// block_tables[table_of[i] * table_stride + ..], at position positions[i].
+struct StepRows {
+  const int32_t* positions;
+  const int32_t* table_of;
+  const int32_t* block_tables;
+  int64_t table_stride;
+  int num_rows;
+};
+
+struct HeadShape {
+  int n_head, n_kv_head, head_dim;
+};
+
+// From float32 qkv rows: norms of heads (null: none), rotary (frequencies null: none), queries
+// scaled by head_dim^-0.5 to bfloat16 (num_rows, n_head * head_dim), keys and values to their
+// pages.
+struct AppendArgs {
+  const float* qkv;
+  int64_t qkv_stride;
+  const float *q_norm, *k_norm;
+  float norm_eps;
+  const float* frequencies;  // (head_dim / 2) radians a position
+  float rope_magnitude;
+  uint16_t* queries;
+};
+void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& rows,
+               const KvLayer& layer, cudaStream_t stream);
+
+// In every layer: pages[to] = pages[from]; `copies` are (from, to) pairs.
+void copy_pages(uint8_t* base, int64_t layer_bytes, int n_layer, int64_t block_bytes,
+                const int32_t* copies, int num_copies, cudaStream_t stream);
+
+// Consecutive rows of one sequence that attend together.
+struct AttentionTile {
+  int32_t first_row, num_rows;
+};
+struct AttentionArgs {
+  const uint16_t* queries;  // bfloat16 (num_rows, n_head * head_dim), scaled
+  uint16_t* out;            // bfloat16, likewise
+  const AttentionTile* tiles;
+  int num_tiles;
+  int max_keys;        // of any row, an upper bound: the grid is sized for it
+  int sliding_window;  // 0: none
+  float* scratch;      // attention_scratch_floats
+};
+int attention_tile_rows(const HeadShape& shape);  // rows of a tile at most
+int64_t attention_scratch_floats(const HeadShape& shape, int num_rows, int max_keys);
+void attention_decode(const AttentionArgs& args, const HeadShape& shape, const StepRows& rows,
+                      const KvLayer& layer, cudaStream_t stream);
+
+// A draw for each row of logits (num_rows, stride). `settings`, and what it points to, is device
+// memory; so is `out`.
+void sample(const float* logits, int64_t stride, int vocab_size, const DrawSettings* settings,
+            Drawn* out, void* scratch, int num_rows, cudaStream_t stream);
+int64_t sample_scratch_bytes(int vocab_size, int num_rows);
+
+// logprobs[i] = log softmax(logits[i])[targets[i]]
+void log_probs(const float* logits, int64_t stride, int vocab_size, const int64_t* targets,
+               float* logprobs, int num_rows, cudaStream_t stream);
+
+}  // namespace leangpt::cuda

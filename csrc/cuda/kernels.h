@@ -1,7 +1,9 @@
 // The launchers of the CUDA kernels. All pointers are device memory but where it says host; all
 // work is queued on `stream`. A launcher throws std::invalid_argument for what its kernel cannot
 // take, and std::runtime_error where the launch fails. Sizes and ids inside device memory (tokens,
-// pages, rows) were checked by the caller.
+// pages, rows) were checked by the caller. Strides are in elements and multiples of 16, rows begin
+// at multiples of 16 bytes, and what lies in a row behind its width, up to the stride, is zero and
+// stays so.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -83,8 +85,7 @@ struct HeadShape {
 };
 
 // From float32 qkv rows: norms of heads (null: none), rotary (frequencies null: none), queries
-// scaled by head_dim^-0.5 to bfloat16 (num_rows, n_head * head_dim), keys and values to their
-// pages.
+// scaled by head_dim^-0.5 to bfloat16 (num_rows, query_stride), keys and values to their pages.
 struct AppendArgs {
   const float* qkv;
   int64_t qkv_stride;
@@ -93,6 +94,7 @@ struct AppendArgs {
   const float* frequencies;  // (head_dim / 2) radians a position
   float rope_magnitude;
   uint16_t* queries;
+  int64_t query_stride;
 };
 void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& rows,
                const KvLayer& layer, cudaStream_t stream);
@@ -106,8 +108,9 @@ struct AttentionTile {
   int32_t first_row, num_rows;
 };
 struct AttentionArgs {
-  const uint16_t* queries;  // bfloat16 (num_rows, n_head * head_dim), scaled
+  const uint16_t* queries;  // bfloat16 (num_rows, stride), scaled
   uint16_t* out;            // bfloat16, likewise
+  int64_t stride;
   const AttentionTile* tiles;
   int num_tiles;
   int max_keys;        // of any row, an upper bound: the grid is sized for it

@@ -1,7 +1,8 @@
 """The GPT: one lean pre-norm block whose options (`GPTConfig`) reach from GPT-2 to Llama, Mistral and Qwen.
 
 It holds the parameters and says in which order the ops of `leangpt.kernels.ops` run. It knows neither tokenizers nor how
-text is drawn; a decoder plugs its key/value cache in through `attend`.
+text is drawn; a decoder plugs its key/value cache in through `attend`, and fine-tuning hangs small modules on it: a `delta`
+on a matrix, a `prefix` on attention.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from leangpt.kernels import ops
 
@@ -59,6 +61,26 @@ class HeadNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """`x w^T + bias`.
+
+    A `delta` that hangs on it is called with x and this product, and returns what takes the product's place.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.delta: nn.Module | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the product alone, which a fused op may compute from weight and bias."""
+        return self.delta is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = ops.linear(x, self.weight, self.bias)
+        return out if self.delta is None else self.delta(x, out)
+
+
 class Block(nn.Module):
     """Attention and MLP, each on the normalized stream and added to it."""
 
@@ -68,18 +90,21 @@ class Block(nn.Module):
         self.layer = layer
         H, H_kv, D, C = config.n_head, config.kv_heads, config.head_size, config.n_embd
         self.norm_1 = Norm(config)
-        self.qkv = nn.Linear(C, (H + 2 * H_kv) * D, bias=config.has_qkv_bias)
+        self.qkv = Linear(C, (H + 2 * H_kv) * D, bias=config.has_qkv_bias)
         self.q_norm = HeadNorm(config) if config.qk_norm else None
         self.k_norm = HeadNorm(config) if config.qk_norm else None
-        self.attn_out = nn.Linear(H * D, C, bias=config.bias)
+        self.attn_out = Linear(H * D, C, bias=config.bias)
         self.norm_2 = Norm(config)
-        self.mlp_in = nn.Linear(C, config.inner_size * (1 + config.is_gated), bias=config.bias)
-        self.mlp_out = nn.Linear(config.inner_size, C, bias=config.bias)
+        self.mlp_in = Linear(C, config.inner_size * (1 + config.is_gated), bias=config.bias)
+        self.mlp_out = Linear(config.inner_size, C, bias=config.bias)
 
     def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         dropout_p = self.config.dropout if self.training else 0.0
         branch = self.attention(self.norm_1(stream), rope, attend)
         x, stream = self.norm_2.add(branch, stream, dropout_p)
+        if not (self.mlp_in.is_plain and self.mlp_out.is_plain):
+            h = ops.activate(self.mlp_in(x), self.config.activation)
+            return stream + F.dropout(self.mlp_out(h), dropout_p)
         return ops.mlp(
             x,
             self.mlp_in.weight,
@@ -94,7 +119,7 @@ class Block(nn.Module):
     def attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         B, T, _ = x.shape
         H, H_kv, D = self.config.n_head, self.config.kv_heads, self.config.head_size
-        qkv = ops.linear(x, self.qkv.weight, self.qkv.bias).view(B, T, H + 2 * H_kv, D)
+        qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D)
         # (B, T, H or H_kv, D)
         if rope is not None and self.q_norm is None:
             q, k, v = ops.rotary_qkv(qkv, *rope, H_kv)
@@ -105,7 +130,7 @@ class Block(nn.Module):
             if rope is not None:
                 q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
         out = attend(self.layer, q, k, v)
-        return ops.linear(out.flatten(2), self.attn_out.weight, self.attn_out.bias)
+        return self.attn_out(out.flatten(2))
 
 
 class GPT(nn.Module):
@@ -127,6 +152,10 @@ class GPT(nn.Module):
             if config.tie_embeddings
             else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
+        # (layer, k, v) -> k, v (B, S, H_kv, D) with the keys and values of a learned prefix in front
+        self.prefix: nn.Module | None = None
+        # train with the activations of one block in memory: those of the others are computed again for their gradients
+        self.recomputes_blocks = False
         if not is_learned:
             # no buffer: they stay float32, whatever the model's dtype
             self.frequencies, self.rope_magnitude = inverse_frequencies(config)
@@ -159,6 +188,20 @@ class GPT(nn.Module):
         return self.wte.weight if self.head is None else self.head.weight
 
     @property
+    def has_additions(self) -> bool:
+        """Whether fine-tuning has hung something on it, so that its own weights are not all of it."""
+        linears = (m for m in self.modules() if isinstance(m, Linear))
+        return self.prefix is not None or not all(linear.is_plain for linear in linears)
+
+    def must_be_plain(self, purpose: str) -> None:
+        """Raise ValueError, with the purpose, where it has additions."""
+        if self.has_additions:
+            raise ValueError(
+                f"{purpose} takes a model's own weights, but fine-tuning has additions on this one: merge them first, or keep "
+                "them apart (leangpt.finetune.methods)"
+            )
+
+    @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -176,7 +219,9 @@ class GPT(nn.Module):
         return 6 * matrix_weights + 12 * self.config.n_layer * width * keys
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within the given sequences."""
+        """Causal attention within the given sequences, and to the prefix if there is one."""
+        if self.prefix is not None:
+            k, v = self.prefix(layer, k, v)
         dropout_p = self.config.dropout if self.training else 0.0
         return ops.attention(
             q, k, v, sliding_window=self.config.sliding_window, dropout_p=dropout_p
@@ -209,7 +254,10 @@ class GPT(nn.Module):
             rope = rotary_tables(positions, frequencies, self.rope_magnitude)
         stream = F.dropout(stream, self.config.dropout, self.training)
         for block in self.blocks:
-            stream = block(stream, rope, attend or self.attend)
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                stream = checkpoint(block, stream, rope, attend or self.attend, use_reentrant=False)
+            else:
+                stream = block(stream, rope, attend or self.attend)
         return self.norm_f(stream)
 
     def logits(self, hidden: Tensor) -> Tensor:

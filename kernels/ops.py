@@ -302,6 +302,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return select("linear", x, weight, bias).linear(x, weight, bias)
 
 
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"{op}: activation must be one of {get_args(Activation)}, got {activation!r}"
+        )
+
+
+def activate(h: Tensor, activation: Activation) -> Tensor:
+    """The activation of an MLP alone, where something stands between it and a product; `mlp` has it inside.
+
+    Args:
+        h: `(..., F)`; `(..., 2F)` for swiglu, gate first.
+        activation: see `mlp`.
+
+    Returns:
+        `(..., F)`, dtype of `h`.
+
+    Raises:
+        ValueError: `activation` is unknown.
+    """
+    _check_activation("activate", activation)
+    return select("activate", h).activate(h, activation)
+
+
 def mlp(
     x: Tensor,
     w_in: Tensor,
@@ -337,10 +361,7 @@ def mlp(
     References: GELU: Hendrycks & Gimpel, 2016, https://arxiv.org/abs/1606.08415; SwiGLU: Shazeer, 2020,
     https://arxiv.org/abs/2002.05202; ReLU^2: So et al., 2021, https://arxiv.org/abs/2109.08668
     """
-    if activation not in get_args(Activation):
-        raise ValueError(
-            f"mlp: activation must be one of {get_args(Activation)}, got {activation!r}"
-        )
+    _check_activation("mlp", activation)
     n_inner = w_out.shape[1]
     rows = 2 * n_inner if activation == "swiglu" else n_inner
     _check_shape("mlp", "w_in", w_in, (rows, x.shape[-1]))

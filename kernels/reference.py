@@ -118,6 +118,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def activate(h: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "gelu_tanh":
+            return F.gelu(h, approximate="tanh")
+        case "gelu":
+            return F.gelu(h)
+        case "relu2":
+            return F.relu(h).square()
+        case _:
+            gate, up = h.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+
 def mlp(
     x: Tensor,
     w_in: Tensor,
@@ -128,17 +141,7 @@ def mlp(
     residual: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    h = F.linear(x, w_in, b_in)
-    match activation:
-        case "gelu_tanh":
-            h = F.gelu(h, approximate="tanh")
-        case "gelu":
-            h = F.gelu(h)
-        case "relu2":
-            h = F.relu(h).square()
-        case "swiglu":
-            gate, up = h.chunk(2, dim=-1)
-            h = F.silu(gate) * up
+    h = activate(F.linear(x, w_in, b_in), activation)
     out = F.dropout(F.linear(h, w_out, b_out), dropout_p)
     return out if residual is None else residual + out
 

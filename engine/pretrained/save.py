@@ -49,10 +49,12 @@ def save_pretrained(
         format: "hf" for transformers and other tools; "native" for any options; "auto" is "hf" where it is possible.
 
     Raises:
-        ValueError: format is "hf" and no architecture has the model's options (named), or format is unknown.
+        ValueError: format is "hf" and no architecture has the model's options (named), format is unknown, or the model is not
+            plain.
     """
     if format not in ("auto", "hf", "native"):
         raise ValueError(f"format must be 'auto', 'hf' or 'native', got {format!r}")
+    model.must_be_plain("save_pretrained")
     architecture, obstacles = closest_architecture(model.config)
     if format == "hf" and obstacles:
         raise ValueError(

@@ -81,6 +81,8 @@ def decoder_of(
     obstacle = native_obstacle(model.config, dtype)
     if model.device.type != "cpu":
         obstacle = f"the model is on {model.device}, not on a CPU"
+    elif model.has_additions:
+        obstacle = "fine-tuning has additions on the model, which were not merged"
     elif forced_backend() == "reference":
         obstacle = "the reference was asked for (use_backend, LEANGPT_BACKEND)"
     if obstacle is None:

@@ -216,12 +216,13 @@ def pack_model(model: "GPT", format: str) -> PackedModel:
     """Pack a torch model's weights in a format (see `WeightFormat`).
 
     Raises:
-        ValueError: the format is unknown, or the engine cannot run the model (`native_obstacle`).
+        ValueError: the format is unknown, the model is not plain, or the engine cannot run it (`native_obstacle`).
     """
     import torch
 
     from ..rotary import inverse_frequencies
 
+    model.must_be_plain("the native decode engine")
     weight_format = WeightFormat.parse(format)
     dtype = model.wte.weight.dtype
     obstacle = native_obstacle(model.config, str(dtype).removeprefix("torch."))

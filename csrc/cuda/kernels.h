@@ -62,7 +62,11 @@ void embed(const Matrix& embedding, const float* learned, int64_t learned_stride
 
 enum class KvKind : int32_t { kBf16 = 1, kInt8 = 2 };  // as cpu::KvKind
 
-// The pages of one layer. (5c: say the layout here.)
+// The pages of one layer. In a page (block_bytes) the heads of keys follow each other, and what one
+// of them holds is one piece of memory: 16 keys, their 16 values and, for int8, the float32 scales
+// of the keys and those of the values. Elements lie as mma.m16n8k16 takes them from a lane, so that
+// a lane's share of 16 dimensions is one load; see kv_layout.cuh. Dimensions are padded to a
+// multiple of 16 with zeros. What was never written must be readable: clear the memory once.
 struct KvLayer {
   uint8_t* base;
   int64_t block_bytes;
@@ -84,26 +88,31 @@ struct HeadShape {
   int n_head, n_kv_head, head_dim;
 };
 
-// From float32 qkv rows: norms of heads (null: none), rotary (frequencies null: none), queries
+// rotations (num_rows, head_dim): the cosines, then the sines, of positions[i] * frequencies
+// (head_dim / 2 radians a position), times `magnitude`; once a step, for all of its layers.
+void rotary_angles(const int32_t* positions, const float* frequencies, float magnitude,
+                   int head_dim, float* rotations, int num_rows, cudaStream_t stream);
+
+// From float32 qkv rows: norms of heads (null: none), rotary (rotations null: none), queries
 // scaled by head_dim^-0.5 to bfloat16 (num_rows, query_stride), keys and values to their pages.
 struct AppendArgs {
   const float* qkv;
   int64_t qkv_stride;
   const float *q_norm, *k_norm;
   float norm_eps;
-  const float* frequencies;  // (head_dim / 2) radians a position
-  float rope_magnitude;
+  const float* rotations;  // rotary_angles
   uint16_t* queries;
   int64_t query_stride;
 };
 void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& rows,
                const KvLayer& layer, cudaStream_t stream);
 
-// In every layer: pages[to] = pages[from]; `copies` are (from, to) pairs.
+// In every layer: pages[to] = pages[from]; `copies` are (from, to) pairs. No `to` is in another
+// pair.
 void copy_pages(uint8_t* base, int64_t layer_bytes, int n_layer, int64_t block_bytes,
                 const int32_t* copies, int num_copies, cudaStream_t stream);
 
-// Consecutive rows of one sequence that attend together.
+// Rows that follow each other in the batch and in one sequence, and attend together.
 struct AttentionTile {
   int32_t first_row, num_rows;
 };
@@ -113,7 +122,7 @@ struct AttentionArgs {
   int64_t stride;
   const AttentionTile* tiles;
   int num_tiles;
-  int max_keys;        // of any row, an upper bound: the grid is sized for it
+  int max_keys;        // upper bound of positions + 1: the grid is sized for it
   int sliding_window;  // 0: none
   float* scratch;      // attention_scratch_floats
 };

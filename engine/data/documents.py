@@ -22,7 +22,8 @@ from .text import encode_utf8
 
 _WHOLE_BYTES = 2**20
 _PIECE_BYTES = 2**16
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DAMAGES = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # of compressed files
 
 
 class Document(NamedTuple):
@@ -52,16 +53,17 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[Document]:
         yield from _read_parquet(path, text_field)
         return
     try:
-        with _open(path, compression) as file:
+        with open_decompressed(path, compression) as file:
             if suffix == ".jsonl":
                 yield from _read_jsonl(path, file, text_field)
             else:
                 yield from _read_text(path, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except DAMAGES as error:
         raise ValueError(f"{path}: damaged {compression} file ({error})") from error
 
 
-def _open(path: Path, compression: str) -> io.BufferedIOBase:
+def open_decompressed(path: Path, compression: str) -> io.BufferedIOBase:
+    """Open a file for reading; `compression` is ".gz", ".zst" or ""."""
     match compression:
         case ".gz":
             return gzip.open(path)
@@ -102,7 +104,8 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _decode(data: bytes, file_and_line: str, offset: int = 0) -> str:
+def decode_line(data: bytes, file_and_line: str, offset: int = 0) -> str:
+    """The text of UTF-8 bytes that begin at `offset`, or ValueError with their place."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -113,14 +116,14 @@ def _decode(data: bytes, file_and_line: str, offset: int = 0) -> str:
 
 def _read_text(path: Path, file: io.BufferedIOBase) -> Iterator[Document]:
     data = file.read(_WHOLE_BYTES + 1)
-    offset = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
+    offset = len(BYTE_ORDER_MARK) if data.startswith(BYTE_ORDER_MARK) else 0
     data = data[offset:]
     piece_bytes = _PIECE_BYTES if len(data) > _WHOLE_BYTES - offset else _WHOLE_BYTES
     while data:
         end = len(data)
         if end > 2 * piece_bytes:  # so that the last piece is not much shorter than the others
             end = _end_of_line(data, piece_bytes)
-        text = _decode(data[:end], str(path), offset)
+        text = decode_line(data[:end], str(path), offset)
         yield Document(text, f"{path}, byte {offset}")
         offset += end
         data = data[end:]
@@ -142,24 +145,28 @@ def _end_of_line(data: bytes, limit: int) -> int:
 def _read_jsonl(path: Path, file: io.BufferedIOBase, field: str) -> Iterator[Document]:
     for number, line in enumerate(file, 1):
         if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             continue
-        text = _decode(line, f"{path}, line {number}")
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}: must be a JSON object, got {type(record).__name__}"
-            )
+        record = parse_record(line, f"{path}, line {number}")
         if field not in record:
             raise ValueError(
                 f"{path}, line {number}: no field {field!r}, only {', '.join(map(repr, record))}; "
                 "name the field of the text with --text-field"
             )
         yield from _checked(record[field], f"{path}, line {number}", field)
+
+
+def parse_record(line: bytes, file_and_line: str) -> dict[str, Any]:
+    """The JSON object of a line, or ValueError with its place."""
+    text = decode_line(line, file_and_line)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file_and_line}: not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file_and_line}: must be a JSON object, got {type(record).__name__}")
+    return record
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[Document]:

@@ -69,6 +69,11 @@ class HuggingFaceTokenizer:
         tokenizer = self._with_special if allow_special else self._plain
         return tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encode_utf8(text)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self._plain.decode(
             [self._checked(token) for token in tokens], skip_special_tokens=False

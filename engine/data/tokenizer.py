@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,13 @@ class Tokenizer(Protocol):
 
         Raises:
             ValueError: a lone surrogate in `text`.
+        """
+        ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of `text`, and where each stands: its first character, and the one behind its last.
+
+        A token that is a part of a character has all of that character.
         """
         ...
 
@@ -95,6 +102,16 @@ class ByteTokenizer:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        tokens = self.encode(text)
+        characters = [i for i, c in enumerate(text) for _ in range(len(c.encode()))]  # of each byte
+        ends = list(accumulate(len(self.tokens[token]) for token in tokens))
+        offsets = [
+            (characters[start], characters[end - 1] + 1)
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return tokens, offsets
 
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self._token_bytes, tokens)).decode("utf-8", "replace")

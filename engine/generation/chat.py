@@ -69,6 +69,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
+        self.source = source
         self.tokens = dict(tokens or {})
         try:
             self._template = _environment().from_string(source)

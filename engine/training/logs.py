@@ -152,15 +152,16 @@ class Console:
         )
         self._tokens_per_s = 0.0  # running mean
 
-    def step(self, loss: float, tokens_per_s: float, peak_seconds_per_token: float) -> None:
-        """Show the loss, tokens per second, and their share of what the machine's matrix products allow."""
+    def step(
+        self, loss: float, tokens_per_s: float, peak_seconds_per_token: float | None = None
+    ) -> None:
+        """Show the loss, tokens per second, and their share of what the machine's matrix products allow, if that is known."""
         weight = 0.05 if self._tokens_per_s else 1.0
         self._tokens_per_s += weight * (tokens_per_s - self._tokens_per_s)
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, {self._tokens_per_s:,.0f} tokens/s, "
-            f"{self._tokens_per_s * peak_seconds_per_token:.1%} of peak",
-            refresh=False,
-        )
+        text = f"loss {loss:.3f}, {self._tokens_per_s:,.0f} tokens/s"
+        if peak_seconds_per_token is not None:
+            text += f", {self._tokens_per_s * peak_seconds_per_token:.1%} of peak"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:

@@ -1,0 +1,118 @@
+"""`FinetuneConfig`: the options of one fine-tuning, besides those of its task and its method."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Precision, TrainConfig
+from . import methods
+from .tasks import Task
+
+# of AdamW, by method: what is added starts from nothing, and learns faster than what was pretrained
+_LEARNING_RATES = {"full": 1e-4, "prefix": 3e-3}
+_LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a model for a task. A step is one optimizer update over `batch_size` rows."""
+
+    task: Task
+    method: methods.Method = field(default_factory=lambda: methods.create("full"))
+    model: str = "runs/demo"  # hub id, model folder or run
+    data: tuple[Path, ...] = ()  # .jsonl, .csv, .tsv, .conll or text
+    out: Path = Path("runs/finetune")  # the folder of the tuned model
+    overwrite: bool = False  # replace the tuned model in `out`
+
+    val_data: tuple[Path, ...] = ()  # none: `val_fraction` of the rows of `data`
+    val_fraction: float = 0.1
+    skip_bad_rows: bool = False  # and count them, instead of stopping with an error
+    replay: str | None = None  # FILE:SHARE, earlier rows that make up that share of each batch
+    max_len: int | None = None  # tokens of an example; None: the model's max_seq_len
+
+    epochs: float = 3.0
+    max_steps: int | None = None  # instead of epochs
+    batch_size: int = 16  # rows a step, over all processes
+    micro_batch_size: int | None = None  # rows a forward pass; None: all that this process has
+    learning_rate: float | None = (
+        None  # the highest; None: 1e-4 for full, 3e-3 for prefix, else 1e-3
+    )
+    warmup_fraction: float = 0.1  # of the steps, in which the rate rises from zero
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    merge: bool = False  # save a plain model, where the method has one
+    seed: int = 1337
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: Precision = "auto"  # of matrix products; auto: bfloat16 where the hardware multiplies it
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data must name at least one file")
+        for name in ("epochs", "max_steps", "max_len"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        self.replay_source()
+        self.train_config(num_steps=1)
+
+    def replay_source(self) -> tuple[Path, float] | None:
+        """File and share of `replay`."""
+        if self.replay is None:
+            return None
+        name, _, share = self.replay.rpartition(":")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not name or not 0 < value < 1:
+            raise ValueError(
+                f"replay must be FILE:SHARE with a share between 0 and 1, got {self.replay!r}"
+            )
+        return Path(name), value
+
+    def train_config(self, num_steps: int) -> TrainConfig:
+        """What the parts of the training loop read."""
+        rate = self.learning_rate or _LEARNING_RATES.get(self.method.name, _LEARNING_RATE)
+        return TrainConfig(
+            out=self.out,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            max_steps=num_steps,
+            warmup_steps=round(self.warmup_fraction * num_steps),
+            learning_rate=rate,
+            weight_decay=self.weight_decay,
+            beta2=0.999,
+            grad_clip=self.grad_clip,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            progress=self.progress,
+        )
+
+    def num_steps(self, num_examples: int) -> int:
+        """Steps of the training on so many examples, without those that are replayed."""
+        if self.max_steps is not None:
+            return self.max_steps
+        source = self.replay_source()
+        own = self.batch_size * (1 - source[1]) if source else self.batch_size
+        return max(1, math.ceil(self.epochs * num_examples / own))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written beside a tuned model, of what it came from."""
+        return {
+            "method": self.method.name,
+            "data": [str(path) for path in self.data],
+            "val_data": [str(path) for path in self.val_data],
+            "replay": self.replay,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.train_config(1).learning_rate,
+            "seed": self.seed,
+        }

@@ -1,0 +1,129 @@
+"""What is trained for a task: a GPT and, for most tasks, a linear head on its hidden states; its loss and its scores.
+
+Every module is called as `module(tokens, targets, "sum")`, as `training.loop.accumulate_gradients` does: padding in the tokens
+is PADDING, a target that does not count is IGNORED, and the sum goes over the targets that count.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leangpt.kernels import ops
+
+from ..model import GPT
+from .padding import IGNORED, PADDING, align_left
+
+
+class TaskModule(nn.Module):
+    """A model and perhaps a head."""
+
+    def __init__(self, model: GPT, num_outputs: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.head: nn.Linear | None = None
+        if num_outputs:
+            C = model.config.n_embd
+            self.head = nn.Linear(C, num_outputs).to(model.device, model.wte.weight.dtype)
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            if model.head is not None:
+                model.head.requires_grad_(False)  # the head over the vocabulary is not used
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        raise NotImplementedError
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """`(B, T)`, aligned left, to `(B, T, C)`; at padding anything."""
+        return self.model.hidden(tokens.clamp(min=0))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """`(..., C)` to `(..., L)`, float32 at least."""
+        assert self.head is not None
+        scores = ops.linear(hidden, self.head.weight, self.head.bias)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def last_hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states `(B, C)` of the last real token of each row `(B, T)`."""
+        [tokens] = align_left(tokens)
+        last = (tokens != PADDING).sum(1).sub(1).clamp(min=0)
+        return self.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+
+
+class LanguageModule(TaskModule):
+    """The language model itself: the loss of the targets `(B, T)`."""
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        tokens, targets = align_left(tokens, targets)
+        return self.model(tokens.clamp(min=0), targets, reduction)
+
+
+class Classifier(TaskModule):
+    """The head reads the last real token; one label of a text, or with targets of 0 and 1 `(B, L)` any number.
+
+    Args:
+        class_weights: `(L,)`, how much an example of each label counts; None: 1.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self, model: GPT, num_labels: int, is_multi_label: bool, class_weights: Tensor | None
+    ) -> None:
+        super().__init__(model, num_labels)
+        self.is_multi_label = is_multi_label
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        scores = self.scores(self.last_hidden(tokens))
+        if self.is_multi_label:
+            return F.binary_cross_entropy_with_logits(
+                scores, targets.to(scores), pos_weight=self.class_weights, reduction=reduction
+            )
+        return F.cross_entropy(scores, targets, self.class_weights, reduction=reduction)
+
+    def probabilities(self, tokens: Tensor) -> Tensor:
+        """`(B, L)`, which sum to 1 for one label a text."""
+        scores = self.scores(self.last_hidden(tokens))
+        return scores.sigmoid() if self.is_multi_label else scores.softmax(-1)
+
+
+class Tagger(TaskModule):
+    """The head reads every token; targets `(B, T)` are labels."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, model: GPT, num_labels: int, class_weights: Tensor | None) -> None:
+        super().__init__(model, num_labels)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        tokens, targets = align_left(tokens, targets)
+        scores = self.scores(self.hidden(tokens))
+        return F.cross_entropy(
+            scores.mT,
+            targets,
+            self.class_weights,
+            ignore_index=IGNORED,
+            reduction=reduction,
+        )
+
+    def probabilities(self, tokens: Tensor) -> Tensor:
+        """`(B, T, L)` for tokens that are aligned left."""
+        return self.scores(self.hidden(tokens)).softmax(-1)
+
+
+class Ranker(TaskModule):
+    """The head gives each candidate a number at its last token; the targets `(B,)` are the chosen ones of K."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, num_outputs=1)
+
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(self.candidate_scores(tokens), targets, reduction=reduction)
+
+    def candidate_scores(self, tokens: Tensor) -> Tensor:
+        """`(B, K, T)` to `(B, K)`; -inf where there is no candidate: only padding."""
+        B, K, T = tokens.shape
+        flat = tokens.view(B * K, T)
+        scores = self.scores(self.last_hidden(flat)).view(B, K)
+        return scores.masked_fill((tokens == PADDING).all(-1), -torch.inf)

@@ -1,0 +1,163 @@
+"""`rank`: choose among candidates for a context, as in recommendation and multiple choice."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.tokenizer import Tokenizer
+from ..metrics.ranking import accuracy, mean_reciprocal_rank, ndcg, rank_of
+from ..modules import LanguageModule, Ranker, TaskModule
+from ..padding import IGNORED, PADDING, pad
+from ..rows import text_of
+from ..templates import field_texts, fields_of, fill, with_bos
+from .base import Example, Prediction, Report, Task, Tuned, collate_tokens
+from .language import shifted
+
+
+class Choice(NamedTuple):
+    context: str  # as the template has it
+    candidates: tuple[str, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Rank(Task[Choice]):
+    """By likelihood: the mean log-probability of a candidate's tokens after the context; the loss is that of the chosen one.
+    By a head: a number at the last token of context and candidate; the loss is the cross-entropy over the candidates.
+    """
+
+    name = "rank"
+
+    prompt: str = "{context}\n"  # template, with {fields} of a row
+    candidates_field: str = "candidates"  # a list of texts
+    chosen_field: str = "chosen"  # one of them, or its number from 0
+    score: Literal["likelihood", "head"] = "likelihood"
+    ndcg_at: int = 5
+
+    def __post_init__(self) -> None:
+        if not fields_of(self.prompt):
+            raise ValueError(f"prompt must name a field, as in {{context}}, got {self.prompt!r}")
+        if self.ndcg_at < 1:
+            raise ValueError(f"ndcg_at must be positive, got {self.ndcg_at}")
+
+    def parse(self, values: dict[str, Any]) -> Choice:
+        sample = self.parse_input(values)
+        chosen = values.get(self.chosen_field)
+        if isinstance(chosen, str):
+            if sample.candidates.count(chosen) != 1:
+                raise ValueError(
+                    f"{self.chosen_field!r} must be one of the candidates, got {chosen!r}"
+                )
+            chosen = sample.candidates.index(chosen)
+        if not isinstance(chosen, int) or not 0 <= chosen < len(sample.candidates):
+            raise ValueError(
+                f"{self.chosen_field!r} must be a candidate or its number below {len(sample.candidates)}, got {chosen!r}"
+            )
+        return sample._replace(chosen=chosen)
+
+    def parse_input(self, values: dict[str, Any]) -> Choice:
+        candidates = values.get(self.candidates_field)
+        if not isinstance(candidates, list) or len(candidates) < 2:
+            raise ValueError(
+                f"{self.candidates_field!r} must be a list of two texts or more, got {candidates!r:.80}"
+            )
+        for text in candidates:
+            text_of({self.candidates_field: text}, self.candidates_field)
+        context = fill(self.prompt, field_texts(values, self.prompt))
+        return Choice(context, tuple(candidates), -1)
+
+    def key(self, sample: Choice) -> tuple[str, frozenset[str]]:
+        return sample.context, frozenset(sample.candidates)
+
+    def parts(
+        self, sample: Choice, tokenizer: Tokenizer, max_len: int
+    ) -> tuple[list[int], list[list[int]], bool]:
+        """Tokens of the context and of each candidate; whether the context lost its left so that all fit.
+
+        Raises:
+            ValueError: a candidate alone does not fit.
+        """
+        ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        candidates = [[*tokenizer.encode(text), *ends] for text in sample.candidates]
+        room = max_len - max(map(len, candidates))
+        if room < 1:
+            raise ValueError(
+                f"a candidate of {max_len - room} tokens does not fit behind a context into {max_len}"
+            )
+        context = with_bos(tokenizer, tokenizer.encode(sample.context))
+        return context[-room:], candidates, len(context) > room
+
+    def encode(self, sample: Choice, tokenizer: Tokenizer, max_len: int) -> Example:
+        context, candidates, is_cut = self.parts(sample, tokenizer, max_len)
+        if self.score == "head":
+            rows = [[*context, *candidate] for candidate in candidates]
+            return Example(rows, max(0, sample.chosen), is_cut)
+        chosen = candidates[sample.chosen]
+        is_target = [False] * len(context) + [True] * len(chosen)
+        return shifted([*context, *chosen], is_target, is_cut)
+
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        if self.score == "likelihood":
+            return collate_tokens(examples), pad([e.targets for e in examples], IGNORED)
+        K = max(len(example.tokens) for example in examples)
+        rows = [
+            row
+            for example in examples
+            for row in (*example.tokens, *[()] * (K - len(example.tokens)))
+        ]
+        tokens = pad(rows, PADDING).view(len(examples), K, -1)
+        return tokens, torch.tensor([example.targets for example in examples])
+
+    def make_module(self, model: Any, examples: Sequence[Example]) -> TaskModule:
+        return Ranker(model) if self.score == "head" else LanguageModule(model)
+
+    def predict(self, tuned: Tuned, samples: Sequence[Choice]) -> list[Prediction]:
+        """The candidates, the best first, each with its share of the probability of all."""
+        if self.score == "likelihood":
+            scores = [self._likelihoods(tuned, sample) for sample in samples]
+        else:
+            assert isinstance(tuned.module, Ranker)
+            examples = [self.encode(s, tuned.tokenizer, tuned.max_len) for s in samples]
+            rows = tuned.in_batches(examples, tuned.module.candidate_scores)
+            scores = [
+                row[: len(s.candidates)].tolist() for row, s in zip(rows, samples, strict=True)
+            ]
+        return [ranking(s.candidates, each) for s, each in zip(samples, scores, strict=True)]
+
+    def _likelihoods(self, tuned: Tuned, sample: Choice) -> list[float]:
+        context, candidates, _ = self.parts(sample, tuned.tokenizer, tuned.max_len)
+        ranked = tuned.generator.rank(context, candidates)
+        return [r.mean_logprob for r in sorted(ranked, key=lambda r: r.index)]
+
+    def report(
+        self, samples: Sequence[Choice], predictions: Sequence[Prediction], loss: float
+    ) -> Report:
+        ranks = [
+            rank_of(p["scores"], sample.chosen)
+            for sample, p in zip(samples, predictions, strict=True)
+        ]
+        return Report.of_metrics(
+            {
+                "accuracy": accuracy(ranks),
+                "mrr": mean_reciprocal_rank(ranks),
+                f"ndcg@{self.ndcg_at}": ndcg(ranks, self.ndcg_at),
+            }
+        )
+
+
+def ranking(candidates: Sequence[str], scores: Sequence[float]) -> Prediction:
+    """Of scores whose differences are those of log-probabilities."""
+    highest = max(scores)
+    weights = [math.exp(score - highest) for score in scores]
+    order = sorted(range(len(candidates)), key=lambda i: -scores[i])
+    return {
+        "best": candidates[order[0]],
+        "ranking": [
+            {"candidate": candidates[i], "probability": weights[i] / sum(weights)} for i in order
+        ],
+        "scores": list(scores),  # in the order of the candidates
+    }

@@ -1,0 +1,268 @@
+"""Fine-tuning: rows, examples, the loop, the report, and the folder of the tuned model.
+
+The loop is that of `leangpt.training`, with its parts: gradients of the mean over all targets of a step, whatever passes and
+processes they are spread over; AdamW; dropout seeded by the step. After each epoch the validation loss is measured, and the
+weights of the best one are kept. Ctrl-C ends it after the step, and what was learnt is reported and saved.
+"""
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from leangpt.kernels import log_backend
+
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..generation.chat import ChatTemplate
+from ..model import GPT
+from ..pretrained import load_model, resolve_model
+from ..training.distributed import Group, process_group
+from ..training.interrupt import Interrupt
+from ..training.logs import Console
+from ..training.loop import accumulate_gradients, autocast_of, rows_of_a_pass, seed_step
+from ..training.optimizer import learning_rate, make_optimizer
+from .config import FinetuneConfig
+from .dataset import (
+    Dataset,
+    ExampleStream,
+    describe_duplicates,
+    encode_samples,
+    find_duplicates,
+    read_samples,
+    split,
+)
+from .padding import PADDING
+from .rows import BadRows
+from .storage import check_out, save_tuned
+from .tasks import Report, Task, Tuned
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fine-tuning went."""
+
+    out: Path
+    report: Report
+    steps: int
+    is_interrupted: bool
+    num_trainable: int
+    val_loss: float  # nats a target, of the weights that are kept
+    seconds: float
+    data: dict[str, int]  # rows of training and validation, skipped, cut, duplicates
+    forgetting: dict[str, float] | None  # loss on the replayed file before and after
+
+
+def finetune(config: FinetuneConfig) -> Outcome:
+    """Fine-tune a model and write it to `config.out`, with its report. Under torchrun every process calls this.
+
+    Raises:
+        FileExistsError: there is something in `config.out`, and `config.overwrite` is not set or it is not a tuned model.
+        FileNotFoundError: the model or a data file is not there.
+        ValueError: a row is bad (with file and line), or the data, the model and the options do not fit each other.
+    """
+    check_out(config.out, config.overwrite)
+    with process_group(config.device) as group, Interrupt() as interrupt:
+        return _finetune(config, group, interrupt)
+
+
+@dataclass(frozen=True)
+class _Data:
+    task: Task  # fitted
+    train: Dataset
+    val: Dataset
+    replay: Dataset | None
+    old: Dataset | None  # of the replayed file, kept apart to measure what is forgotten
+    counts: dict[str, int]
+
+
+def _read_data(
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    max_len: int,
+    console: Console,
+) -> _Data:
+    bad_rows = BadRows(config.skip_bad_rows)
+    train = read_samples(config.data, config.task, bad_rows)
+    if config.val_data:
+        val = read_samples(config.val_data, config.task, bad_rows)
+    else:
+        train, val = split(train, config.val_fraction, config.seed)
+    duplicates = find_duplicates(config.task, train, val)
+    task = config.task.fit(train.samples, tokenizer, template)
+    sets = [train, val]
+    if source := config.replay_source():
+        sets += split(read_samples([source[0]], task, bad_rows), config.val_fraction, config.seed)
+    encoded = [encode_samples(each, task, tokenizer, max_len, bad_rows) for each in sets]
+    counts = {
+        "train_rows": len(encoded[0].samples),
+        "val_rows": len(encoded[1].samples),
+        "skipped_rows": bad_rows.count,
+        "cut_examples": encoded[0].num_cut + encoded[1].num_cut,
+        "duplicates": len(duplicates),
+    }
+    console.say(
+        f"{counts['train_rows']:,} rows to train, {counts['val_rows']:,} to validate, {bad_rows.count:,} skipped; "
+        f"{counts['cut_examples']:,} cut to {max_len} tokens"
+    )
+    for message in bad_rows.messages:
+        console.say(f"skipped {message}")
+    if duplicates:
+        console.say(f"warning: {describe_duplicates(duplicates, len(val))}")
+    replay, old = encoded[2:] or (None, None)
+    return _Data(task, *encoded[:2], replay, old, counts)
+
+
+def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Outcome:
+    start = time.perf_counter()
+    log_backend(group.device.type)
+    path = resolve_model(config.model)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(config.seed)
+    model = load_model(path, device=group.device)
+    max_len = _max_len(config, model)
+    with closing(Console(0, 1, enabled=config.progress and group.is_main)) as console:
+        data = _read_data(config, tokenizer, ChatTemplate.load(folder), max_len, console)
+    num_steps = config.num_steps(len(data.train.examples))
+    tuned = _attach(config, data, model, tokenizer, max_len, num_steps, group)
+    num_trainable = sum(p.numel() for p in tuned.module.parameters() if p.requires_grad)
+
+    old_loss = None if data.old is None else mean_loss(tuned, data.old, group)
+    steps, val_loss, is_interrupted = _train(config, data, tuned, num_steps, group, interrupt)
+    forgetting = None
+    if data.old is not None and old_loss is not None:
+        forgetting = {"loss_before": old_loss, "loss_after": mean_loss(tuned, data.old, group)}
+
+    predictions = data.task.predict(tuned, data.val.samples)
+    outcome = Outcome(
+        out=config.out,
+        report=data.task.report(data.val.samples, predictions, val_loss),
+        steps=steps,
+        is_interrupted=is_interrupted,
+        num_trainable=num_trainable,
+        val_loss=val_loss,
+        seconds=time.perf_counter() - start,
+        data=data.counts,
+        forgetting=forgetting,
+    )
+    if group.is_main:
+        save_tuned(config, tuned, str(path), outcome)
+    return outcome
+
+
+def _max_len(config: FinetuneConfig, model: GPT) -> int:
+    limit = model.config.max_seq_len
+    max_len = config.max_len or limit
+    if max_len > limit:
+        raise ValueError(f"max_len ({max_len}) must not exceed the model's max_seq_len ({limit})")
+    return max_len
+
+
+def _attach(
+    config: FinetuneConfig,
+    data: _Data,
+    model: GPT,
+    tokenizer: Tokenizer,
+    max_len: int,
+    num_steps: int,
+    group: Group,
+) -> Tuned:
+    adapted = config.method.attach(model, num_steps)
+    module = data.task.make_module(model, data.train.examples).to(group.device)
+    tuned = Tuned(data.task, module, adapted, tokenizer, max_len, config.batch_size)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(
+            f"method {config.method.name} trains nothing for {data.task.name}, which has no head of its own: "
+            "say --lm-head to train the model's, or choose another method"
+        )
+    return tuned
+
+
+def _train(
+    config: FinetuneConfig,
+    data: _Data,
+    tuned: Tuned,
+    num_steps: int,
+    group: Group,
+    interrupt: Interrupt,
+) -> tuple[int, float, bool]:
+    """Train, and leave the best weights in the model; steps done, validation loss, whether it was interrupted."""
+    options = config.train_config(num_steps)
+    module, task = tuned.module, data.task
+    micro_batch_size = rows_of_a_pass(options, group)
+    source = config.replay_source()
+    stream = ExampleStream(
+        data.train.examples,
+        data.replay.examples if data.replay else (),
+        source[1] if source else 0.0,
+        config.seed,
+    )
+    optimizer = make_optimizer(module, options)
+    parallel_module = group.parallel(module)
+    autocast = autocast_of(options, group.device)
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    steps_per_epoch = max(1, num_steps // max(1, round(config.epochs)))
+    best_loss, best = float("inf"), None
+    step, is_interrupted = 0, False
+    module.train()
+    with closing(Console(0, num_steps, enabled=config.progress and group.is_main)) as console:
+        console.say(
+            f"{config.method.name}: {sum(p.numel() for p in trainable):,} of "
+            f"{sum(p.numel() for p in module.parameters()):,} parameters are trained"
+        )
+        while step < num_steps and not is_interrupted:
+            step_start = time.perf_counter()
+            seed_step(config.seed, step, group)
+            batch = stream.batch(step, config.batch_size, group.rank, group.size)
+            tokens, targets = task.collate(batch)
+            loss, _ = accumulate_gradients(
+                parallel_module, tokens, targets, micro_batch_size, group, autocast
+            )
+            loss, num_interrupts = group.sum(loss, interrupt.requested)
+            if config.grad_clip:
+                norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
+                clip_grads_with_norm_(trainable, config.grad_clip, norm)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(options, step)
+            tuned.adapted.optimizer_step(optimizer)
+            optimizer.zero_grad()
+            step += 1
+            is_interrupted = num_interrupts > 0
+            seconds = time.perf_counter() - step_start
+            console.step(loss, int((tokens != PADDING).sum()) * group.size / seconds)
+            if step % steps_per_epoch == 0 or step == num_steps or is_interrupted:
+                val_loss = mean_loss(tuned, data.val, group)
+                console.say(f"step {step:,}: loss {loss:.4f}, validation {val_loss:.4f}")
+                if best is None or val_loss < best_loss:
+                    best_loss, best = val_loss, _weights(tuned)
+    assert best is not None
+    _set_weights(tuned, best)
+    module.eval()
+    return step, best_loss, is_interrupted
+
+
+def mean_loss(tuned: Tuned, data: Dataset, group: Group) -> float:
+    """Mean loss over all targets, in nats; the processes share the work."""
+    mine = data.examples[group.rank :: group.size]
+    num_targets = sum(tuned.task.num_targets(example) for example in mine)
+    total, count = group.sum(sum(tuned.losses(mine)), num_targets)
+    return total / max(1, count)
+
+
+def _weights(tuned: Tuned) -> dict[str, dict[str, Tensor]]:
+    head = {} if tuned.module.head is None else tuned.module.head.state_dict()
+    return {
+        name: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        for name, tensors in (("model", tuned.adapted.tensors()), ("head", head))
+    }
+
+
+def _set_weights(tuned: Tuned, weights: dict[str, dict[str, Tensor]]) -> None:
+    tuned.adapted.fill(weights["model"])
+    if tuned.module.head is not None:
+        tuned.module.head.load_state_dict(weights["head"])

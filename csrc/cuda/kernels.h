@@ -19,8 +19,8 @@ constexpr int kPageSize = 16;    // keys of a page
 constexpr int kSplitKeys = 256;  // keys whose softmax is formed at once
 constexpr int kMaxHeadDim = 256;
 
-// A norm in front of a product: null weight: none. Layer norm has a bias or none, RMS norm has
-// none.
+// A norm in front of a product. Weight and bias are padded with zeros to a multiple of 16; layer
+// norm has a bias or none, RMS norm has none.
 struct Norm {
   const float* weight;
   const float* bias;
@@ -28,14 +28,15 @@ struct Norm {
   bool is_rms;
 };
 
-// Rows that are multiplied: either float32 rows of the stream, with the norm in front, or bfloat16
-// rows as they are.
+// Rows that are multiplied: either float32 rows of the stream, with the norm in front and rounded
+// to bfloat16 behind it, or bfloat16 rows as they are.
 struct LinearInput {
   const float* stream;   // (.., stride), or null
-  const uint16_t* rows;  // bfloat16 (.., stride), or null
+  const uint16_t* rows;  // bfloat16 (num_rows, stride), or null
   int64_t stride;
-  const int32_t* row_of;  // row i of the product is row row_of[i] here; null: i
+  const int32_t* row_of;  // of the stream: row i of the product is row row_of[i] there; null: i
   Norm norm;
+  uint16_t* normed;  // of the stream: scratch for (num_rows, stride) bfloat16
 };
 
 // Where the product goes: exactly one pointer is set.
@@ -47,12 +48,16 @@ struct LinearOutput {
   Activation activation;
 };
 
+// The product of rows with the bf16, int8 or int4 weights of a packed matrix. The bits of a row
+// depend on that row and the matrix alone.
 void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
                    cudaStream_t stream);
 
-// out (num_rows, out_stride) = norm of rows row_of[i] (null: i) of x.
+// out (num_rows, out_stride), float32 or bfloat16, = norm of rows row_of[i] (null: i) of x.
 void normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm& norm, int width,
                float* out, int64_t out_stride, int num_rows, cudaStream_t stream);
+void normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm& norm, int width,
+               uint16_t* out, int64_t out_stride, int num_rows, cudaStream_t stream);
 
 // stream (num_rows, stride) = row tokens[i] of the embedding + row positions[i] of `learned`, if
 // any.

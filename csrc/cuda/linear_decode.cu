@@ -1,0 +1,489 @@
+// out = epilogue(norm(x) w^T + bias) for 1 to thousands of rows, with packed weights, on tensor
+// cores.
+//
+// The order of a sum is fixed by the inputs alone: they are cut into kParts parts, each summed in
+// blocks of 32, one after the other, and the parts are added in their order. So a row has the same
+// bits in both kernels:
+//   split-K   a block of threads has few outputs, and each of its warps one part of the inputs.
+//   Reading
+//             the weights is what takes time: they are on their way in many copies at once, to all
+//             SMs.
+//   tile      128 rows by 128 outputs, part after part: weights and rows are reused from shared
+//   memory.
+//             For as many rows as give every SM its tiles.
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "launch.h"
+#include "normalize.cuh"
+#include "weights.cuh"
+
+namespace leangpt::cuda {
+namespace {
+
+constexpr int kParts = 8;  // of the inputs
+constexpr int kThreads = 32 * kParts;
+
+// Up to 8 rows of the stream are normed by each block of threads of a split-K product, a warp a
+// row: that is quicker than a kernel before it, and reads no more than the block's bfloat16 weights
+// are.
+constexpr int kFusedRows = kParts;
+constexpr int kFusedBytes = 32 * 1024;  // of the normed rows in shared memory at most
+
+// Fewer outputs than this are split over more blocks of threads, so that all SMs have some.
+constexpr int kNarrowOutputs = 4096;
+
+constexpr int kTileRows = 128, kTileOutputs = 128;
+constexpr int kTileStages = 4;
+// Tiles from which on the tile kernel is used: about the SMs of a large GPU.
+constexpr int kEnoughTiles = 128;
+
+struct Arguments {
+  Weights w;
+  LinearInput in;
+  LinearOutput out;
+  int num_rows;
+  int part_blocks;  // blocks of 32 inputs of a part
+};
+
+// Row and row + 8 of a tile of 16, 8 inputs each.
+struct RowPair {
+  uint4 upper, lower;
+};
+
+// sums += rows times weights, for one block of inputs. `rows(m)` gives this thread's rows of tile
+// m, of which there are num_tiles to multiply.
+template <WeightKind kKind, int kRowTiles, int kColumnTiles, class Rows>
+__device__ __forceinline__ void multiply(const WeightTile<kKind, kColumnTiles>& weights,
+                                         bool has_minimums, int num_tiles, const Rows& rows,
+                                         float (&sums)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+    if (m >= num_tiles) break;
+    const RowPair a = rows(m);
+    const auto add_products = [&](float (&to)[kColumnTiles][4]) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        mma_bf16(to[n], a.upper.x, a.lower.x, a.upper.y, a.lower.y, weights.words[n][0],
+                 weights.words[n][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        mma_bf16(to[n], a.upper.z, a.lower.z, a.upper.w, a.lower.w, weights.words[n][2],
+                 weights.words[n][3]);
+      }
+    };
+    if constexpr (kKind == WeightKind::kBf16) {
+      add_products(sums[m]);
+    } else {
+      float of_block[kColumnTiles][4] = {};
+      add_products(of_block);
+      float row_sums[4] = {};  // the rows times ones: the same in all columns
+      if (has_minimums) {
+        constexpr uint32_t kOnes = 0x3F803F80;
+        mma_bf16(row_sums, a.upper.x, a.lower.x, a.upper.y, a.lower.y, kOnes, kOnes);
+        mma_bf16(row_sums, a.upper.z, a.lower.z, a.upper.w, a.lower.w, kOnes, kOnes);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int output = i % 2 * kColumnTiles + n;
+          float& sum = sums[m][n][i];
+          sum = fmaf(of_block[n][i], weights.scales[output], sum);
+          if (has_minimums) sum = fmaf(row_sums[i], weights.minimums[output], sum);
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kGeluTanh: {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+      const float u = x * fmaf(0.044715f * x, x, 1.0f);
+      return __fdividef(x, 1.0f + __expf(-1.5957691216057308f * u));
+    }
+    case Activation::kGelu:
+      return 0.5f * x * erfcf(-0.70710678118654752f * x);
+    case Activation::kRelu2: {
+      const float positive = fmaxf(x, 0.0f);
+      return positive * positive;
+    }
+    default:
+      return x;
+  }
+}
+
+__device__ __forceinline__ void load_8(const float* p, float (&x)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ __forceinline__ void store_8(float* p, const float (&x)[8]) {
+  reinterpret_cast<float4*>(p)[0] = {x[0], x[1], x[2], x[3]};
+  reinterpret_cast<float4*>(p)[1] = {x[4], x[5], x[6], x[7]};
+}
+
+// Epilogue of 8 outputs of a row, by all lanes of a warp; 4 lanes have 32 outputs of one row.
+__device__ __forceinline__ void finish(const Arguments& args, int row, int column, float (&x)[8]) {
+  const Weights& w = args.w;
+  const LinearOutput& out = args.out;
+  // vectors are padded to whole panels
+  float scales[8], bias[8];
+  const bool is_in_panel = column < w.n;
+  if (w.output_scales && is_in_panel) load_8(w.output_scales + column, scales);
+  if (w.bias && is_in_panel) load_8(w.bias + column, bias);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    x[i] = fmaf(x[i], w.output_scales && is_in_panel ? scales[i] : 1.0f,
+                w.bias && is_in_panel ? bias[i] : 0.0f);
+  }
+  int count = w.n - column;
+  if (out.activation == Activation::kSwiglu) {  // lanes 2 and 3 of 4 have the outputs of up
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float up = __shfl_xor_sync(0xFFFFFFFF, x[i], 2);
+      x[i] = __fdividef(x[i], 1.0f + __expf(-x[i])) * up;
+    }
+    if (column % 32 >= 16) return;
+    column = column / 32 * 16 + column % 32;
+    count = w.n / 2 - column;
+  } else if (out.activation != Activation::kNone) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = activate(x[i], out.activation);
+  }
+  if (row >= args.num_rows || count <= 0) return;
+  const int64_t at = row * out.stride + column;
+  if (out.bf16) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = i < count ? x[i] : 0.0f;
+    *reinterpret_cast<uint4*>(out.bf16 + at) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
+                                                pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
+    return;
+  }
+  float* to = (out.stream ? out.stream : out.out) + at;
+  if (out.stream) {
+    float before[8];
+    load_8(to, before);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] += before[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < count ? x[i] : 0.0f;
+  store_8(to, x);
+}
+
+// Columns of a block of inputs that a thread's 16 bytes begin at.
+__device__ __forceinline__ int first_column(int block) {
+  return block * kBlockInputs + static_cast<int>(threadIdx.x) % 4 * 8;
+}
+
+template <WeightKind kKind, int kRowTiles, int kColumnTiles>
+struct SplitK {
+  using Tile = WeightTile<kKind, kColumnTiles>;
+  static constexpr int kRows = 16 * kRowTiles, kOutputs = Tile::kOutputs;
+  static constexpr int kStages = 8192 / Tile::kBytes < 8 ? 8192 / Tile::kBytes : 8;
+  static constexpr int kStageBytes = kParts * kStages * Tile::kBytes;
+  static constexpr int kPitch = kOutputs + 4;  // floats of a row of a part: all banks for 8 lanes
+  static constexpr int kPartsBytes = kParts * kRows * kPitch * 4;
+  static constexpr int kSharedBytes = kStageBytes > kPartsBytes ? kStageBytes : kPartsBytes;
+};
+
+// Shared memory: stages of weights for each warp, later the sums of its part; and normed rows,
+// [block of inputs][row][32] bfloat16.
+template <WeightKind kKind, int kRowTiles, int kColumnTiles, bool kHasNorm>
+__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
+    split_k_kernel(const Arguments args) {
+  using Shape = SplitK<kKind, kRowTiles, kColumnTiles>;
+  using Tile = typename Shape::Tile;
+  extern __shared__ __align__(16) uint8_t shared[];
+  uint8_t* normed = shared + Shape::kSharedBytes;
+  const Weights& w = args.w;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int first_row = static_cast<int>(blockIdx.x) * Shape::kRows;
+  const int num_rows = min(args.num_rows - first_row, Shape::kRows);
+  const int first_output = static_cast<int>(blockIdx.y) * Shape::kOutputs;
+  const int first_block = warp * args.part_blocks;
+  const int end_block = min(first_block + args.part_blocks, w.blocks);
+  uint8_t* stages = shared + warp * Shape::kStages * Tile::kBytes;
+
+  const auto copy = [&](int block, int stage) {
+    if (block < end_block) {
+      Tile::template copy<32>(w, first_output, block, stages + stage * Tile::kBytes, lane);
+    }
+    cp_async_commit();
+  };
+  for (int i = 0; i < Shape::kStages - 1; ++i) copy(first_block + i, i);
+
+  if constexpr (kHasNorm) {
+    if (warp < num_rows) {
+      const int64_t source = args.in.row_of ? args.in.row_of[warp] : warp;
+      normalize_row(args.in.stream + source * args.in.stride, args.in.norm, w.k,
+                    [&](int column, const float4& v) {
+                      const int block = column / kBlockInputs;
+                      uint8_t* to = normed + (block * num_rows + warp) * (kBlockInputs * 2) +
+                                    column % kBlockInputs * 2;
+                      *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
+                    });
+    }
+    __syncthreads();
+  }
+
+  const auto load_row = [&](int block, int row) -> uint4 {
+    const int column = first_column(block);
+    if (row >= num_rows || column >= w.k) return {};
+    if constexpr (kHasNorm) {
+      const uint8_t* from = normed + (block * num_rows + row) * (kBlockInputs * 2);
+      return reinterpret_cast<const uint4*>(from)[lane % 4];
+    } else {
+      const uint16_t* from = args.in.rows + (first_row + row) * args.in.stride + column;
+      return __ldg(reinterpret_cast<const uint4*>(from));
+    }
+  };
+  const auto load_rows = [&](int block, RowPair(&rows)[kRowTiles]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      rows[m] = {load_row(block, 16 * m + lane / 4), load_row(block, 16 * m + lane / 4 + 8)};
+    }
+  };
+
+  float sums[kRowTiles][kColumnTiles][4] = {};
+  RowPair rows[kRowTiles], next_rows[kRowTiles];
+  if (first_block < end_block) load_rows(first_block, rows);
+  int stage = 0;
+  for (int block = first_block; block < end_block; ++block) {
+    cp_async_wait<Shape::kStages - 2>();
+    __syncwarp();  // all lanes have their copies, and have read what the next ones overwrite
+    copy(block + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
+    if (block + 1 < end_block) load_rows(block + 1, next_rows);
+    Tile weights;
+    weights.load(w, stages + stage * Tile::kBytes);
+    multiply(
+        weights, w.minimums != nullptr, (num_rows + 15) / 16, [&](int m) { return rows[m]; }, sums);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) rows[m] = next_rows[m];
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+  }
+
+  __syncthreads();  // the stages are read, and become room for the parts
+  auto* parts = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + 8 * half + lane / 4;
+      float* to = parts + (warp * Shape::kRows + row) * Shape::kPitch + lane % 4 * 2 * kColumnTiles;
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n += 2) {
+          *reinterpret_cast<float2*>(to + side * kColumnTiles + n) = {
+              sums[m][n][2 * half + side], sums[m][n + 1][2 * half + side]};
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  constexpr int kRowThreads = Shape::kOutputs / 8;
+  const int item = static_cast<int>(threadIdx.x);
+  if (item >= Shape::kRows * kRowThreads) return;
+  const int row = item / kRowThreads, column = item % kRowThreads * 8;
+  float x[8] = {};
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    float of_part[8];
+    load_8(parts + (part * Shape::kRows + row) * Shape::kPitch + column, of_part);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] += of_part[i];
+  }
+  finish(args, first_row + row, first_output + column, x);
+}
+
+template <WeightKind kKind>
+struct TileShape {
+  using Tile = WeightTile<kKind, 4>;
+  static constexpr int kRowBytes = kTileRows * kBlockInputs * 2;
+  static constexpr int kStageBytes = kRowBytes + kTileOutputs / Tile::kOutputs * Tile::kBytes;
+  static constexpr int kSharedBytes = kTileStages * kStageBytes;
+};
+
+// 8 warps, 2 of 64 rows by 4 of 32 outputs. Shared memory: stages of rows, [row][32] bfloat16, and
+// weights.
+template <WeightKind kKind>
+__global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
+  using Shape = TileShape<kKind>;
+  using Tile = typename Shape::Tile;
+  constexpr int kRowTiles = 4, kColumnTiles = 4;
+  extern __shared__ __align__(16) uint8_t shared[];
+  const Weights& w = args.w;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp_row = warp / 4, warp_column = warp % 4;
+  const int first_row = static_cast<int>(blockIdx.x) * kTileRows;
+  const int num_rows = min(args.num_rows - first_row, kTileRows);
+  const int first_output =
+      static_cast<int>(blockIdx.y) * kTileOutputs + warp_column * Tile::kOutputs;
+  const int num_tiles = (num_rows - warp_row * 64 + 15) / 16;
+  const bool has_outputs = first_output < w.n;
+
+  const auto copy = [&](int block, int stage) {
+    if (block < w.blocks) {
+      uint8_t* to = shared + stage * Shape::kStageBytes;
+      for (int i = static_cast<int>(threadIdx.x); i < kTileRows * 4; i += kThreads) {
+        const int row = i / 4, column = first_column(block);
+        const bool is_there = row < num_rows && column < w.k;
+        const int64_t at = is_there ? (first_row + row) * args.in.stride + column : 0;
+        cp_async_16(to + i * 16, args.in.rows + at, is_there);
+      }
+      if (has_outputs) {
+        Tile::template copy<64>(w, first_output, block,
+                                to + Shape::kRowBytes + warp_column * Tile::kBytes,
+                                warp_row * 32 + lane);
+      }
+    }
+    cp_async_commit();
+  };
+  for (int i = 0; i < kTileStages - 1; ++i) copy(i, i);
+
+  float totals[kRowTiles][kColumnTiles][4] = {}, sums[kRowTiles][kColumnTiles][4] = {};
+  int stage = 0, end_of_part = args.part_blocks;
+  for (int block = 0; block < w.blocks; ++block) {
+    cp_async_wait<kTileStages - 2>();
+    __syncthreads();  // all have their copies, and have read what the next ones overwrite
+    copy(block + kTileStages - 1, stage == 0 ? kTileStages - 1 : stage - 1);
+    const uint8_t* from = shared + stage * Shape::kStageBytes;
+    if (has_outputs) {
+      Tile weights;
+      weights.load(w, from + Shape::kRowBytes + warp_column * Tile::kBytes);
+      const uint4* rows = reinterpret_cast<const uint4*>(from) + warp_row * 64 * 4 + lane;
+      multiply(
+          weights, w.minimums != nullptr, num_tiles,
+          [&](int m) { return RowPair{rows[m * 16 * 4], rows[(m * 16 + 8) * 4]}; }, sums);
+    }
+    if (block + 1 == end_of_part || block + 1 == w.blocks) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            totals[m][n][i] += sums[m][n][i];
+            sums[m][n][i] = 0;
+          }
+        }
+      }
+      end_of_part += args.part_blocks;
+    }
+    stage = stage + 1 == kTileStages ? 0 : stage + 1;
+  }
+
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = totals[m][i % kColumnTiles][2 * half + i / kColumnTiles];
+      const int row = warp_row * 64 + 16 * m + 8 * half + lane / 4;
+      finish(args, first_row + row, first_output + lane % 4 * 8, x);
+    }
+  }
+}
+
+template <WeightKind kKind, int kRowTiles, int kColumnTiles, bool kHasNorm>
+void launch_split_k(const Arguments& args, cudaStream_t stream) {
+  using Shape = SplitK<kKind, kRowTiles, kColumnTiles>;
+  const int normed_bytes = kHasNorm ? args.num_rows * args.w.blocks * kBlockInputs * 2 : 0;
+  const int shared_bytes = Shape::kSharedBytes + normed_bytes;
+  const auto kernel = split_k_kernel<kKind, kRowTiles, kColumnTiles, kHasNorm>;
+  allow_shared_memory(kernel, "linear_decode", shared_bytes);
+  const dim3 grid((args.num_rows + Shape::kRows - 1) / Shape::kRows,
+                  (args.w.n + Shape::kOutputs - 1) / Shape::kOutputs);
+  kernel<<<grid, kThreads, shared_bytes, stream>>>(args);
+  check_launch("linear_decode");
+}
+
+template <WeightKind kKind>
+void launch(Arguments args, cudaStream_t stream) {
+  const int rows = args.num_rows, n = args.w.n;
+  const bool is_narrow = n <= kNarrowOutputs && args.out.activation != Activation::kSwiglu;
+  if (args.in.stream) {
+    if (rows <= kFusedRows && rows * args.w.blocks * kBlockInputs * 2 <= kFusedBytes) {
+      if (is_narrow) {
+        launch_split_k<kKind, 1, 2, true>(args, stream);
+      } else {
+        launch_split_k<kKind, 1, 4, true>(args, stream);
+      }
+      return;
+    }
+    normalize(args.in.stream, args.in.stride, args.in.row_of, args.in.norm, args.w.k,
+              args.in.normed, args.in.stride, rows, stream);
+    args.in.rows = args.in.normed;
+  }
+  const dim3 tiles((rows + kTileRows - 1) / kTileRows, (n + kTileOutputs - 1) / kTileOutputs);
+  if (static_cast<int64_t>(tiles.x) * tiles.y >= kEnoughTiles && rows > 64) {
+    constexpr int kSharedBytes = TileShape<kKind>::kSharedBytes;
+    allow_shared_memory(tile_kernel<kKind>, "linear_decode", kSharedBytes);
+    tile_kernel<kKind><<<tiles, kThreads, kSharedBytes, stream>>>(args);
+    check_launch("linear_decode");
+  } else if (rows > 16) {
+    launch_split_k<kKind, 4, 4, false>(args, stream);
+  } else if (is_narrow) {
+    launch_split_k<kKind, 1, 2, false>(args, stream);
+  } else {
+    launch_split_k<kKind, 1, 4, false>(args, stream);
+  }
+}
+
+void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput& out) {
+  const auto fail = [](const std::string& what) {
+    throw std::invalid_argument("linear_decode: " + what);
+  };
+  const auto check_stride = [&](const char* name, int64_t stride, int width) {
+    if (stride % kLanes != 0 || stride < width) {
+      fail(std::string(name) + " must have a stride that is a multiple of 16 and at least " +
+           std::to_string(width) + ", got " + std::to_string(stride));
+    }
+  };
+  if ((in.stream == nullptr) == (in.rows == nullptr)) {
+    fail("the input must be either float32 rows of the stream or bfloat16 rows");
+  }
+  if (in.stream && (in.norm.weight == nullptr || in.normed == nullptr)) {
+    fail("rows of the stream need a norm, and room for what it gives");
+  }
+  check_stride("the input", in.stride, w.k);
+  if ((out.out != nullptr) + (out.stream != nullptr) + (out.bf16 != nullptr) != 1) {
+    fail("the output must be one of float32 rows, the stream and bfloat16 rows");
+  }
+  if (out.activation != Activation::kNone && out.bf16 == nullptr) {
+    fail("what an activation gives is bfloat16");
+  }
+  const bool is_gated = out.activation == Activation::kSwiglu;
+  if (is_gated && w.n % 32 != 0) {
+    fail("a gated matrix must have 16 outputs of gate and 16 of up in turn, got " +
+         std::to_string(w.n) + " outputs");
+  }
+  check_stride("the output", out.stride, is_gated ? w.n / 2 : w.n);
+}
+
+}  // namespace
+
+void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
+                   cudaStream_t stream) {
+  check_arguments(w, in, out);
+  Arguments args = {as_weights(w, "linear_decode"), in, out, num_rows};
+  args.part_blocks = (args.w.blocks + kParts - 1) / kParts;
+  if (num_rows == 0) return;
+  switch (w.kind) {
+    case WeightKind::kBf16:
+      return launch<WeightKind::kBf16>(args, stream);
+    case WeightKind::kInt8:
+      return launch<WeightKind::kInt8>(args, stream);
+    default:
+      return launch<WeightKind::kInt4>(args, stream);
+  }
+}
+
+}  // namespace leangpt::cuda

@@ -1,0 +1,200 @@
+// Packed weights (../matrix.h) as operands of tensor cores: copied to shared memory as they are,
+// and unpacked to bfloat16 in registers.
+//
+// Inputs are multiplied in blocks of 32, by two mma.m16n8k16. Which input takes which place in them
+// is free, if weights and activations agree: thread t of the 4 that share a row or column has the
+// inputs 8t to 8t + 7 of the block, 16 bytes of a bfloat16 row, and whole words of a panel in every
+// format. Likewise for outputs: 16 bytes of a step of a panel are one word of each of 4 outputs,
+// and these are the same column of 4 mma tiles.
+//
+// Integers are exact in bfloat16. So sums of a block are of integers, and float32 scales (and
+// minimums, times the sum of the activations) are applied to them.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../matrix.h"
+#include "ptx.cuh"
+
+namespace leangpt::cuda {
+
+constexpr int kBlockInputs = 32;
+
+// A matrix as kernels see it: what Matrix computes, computed.
+struct Weights {
+  const uint8_t* data;
+  const float* output_scales;         // one an output, or null
+  const uint16_t *scales, *minimums;  // float16 [panel][group][64], or null
+  const float* bias;
+  int64_t panel_bytes;
+  int n, k;
+  int steps, blocks;  // of a panel; the last block may have half of its steps
+  int groups;
+  int group_shift;  // block >> group_shift is its group
+};
+
+// Throws std::invalid_argument for a format that the kernels do not know.
+inline Weights as_weights(const Matrix& w, const char* kernel) {
+  const std::string prefix = std::string(kernel) + ": ";
+  if (w.kind != WeightKind::kBf16 && w.kind != WeightKind::kInt8 && w.kind != WeightKind::kInt4) {
+    throw std::invalid_argument(
+        prefix + "weights must be packed as bf16, int8 or int4 on CUDA, got kind " +
+        std::to_string(static_cast<int>(w.kind)) + "; fp32 models are to be packed as bf16");
+  }
+  Weights weights = {w.data};
+  if (w.kind != WeightKind::kBf16 && w.group == 0) {
+    weights.output_scales = static_cast<const float*>(w.scales);
+  } else if (w.kind != WeightKind::kBf16) {
+    weights.scales = static_cast<const uint16_t*>(w.scales);
+    weights.minimums = w.minimums;
+    while (kBlockInputs << weights.group_shift < w.group) ++weights.group_shift;
+    if (kBlockInputs << weights.group_shift != w.group) {
+      throw std::invalid_argument(prefix + "groups must be of 32, 64, 128, .. inputs, got " +
+                                  std::to_string(w.group));
+    }
+  }
+  weights.bias = w.bias;
+  weights.panel_bytes = w.panel_bytes();
+  weights.n = w.n;
+  weights.k = w.k;
+  weights.steps = static_cast<int>(w.steps());
+  weights.blocks = static_cast<int>((w.padded_k() + kBlockInputs - 1) / kBlockInputs);
+  weights.groups = static_cast<int>(w.groups());
+  return weights;
+}
+
+// The integers u - 128 for bytes u in the low halves of two 16-bit lanes, as bfloat16.
+__device__ __forceinline__ uint32_t bytes_to_bf16(uint32_t bytes) {
+  // 0x4300 is 128, its last bit counts 1: there is room for 7 bits of u, and 128 or, where the 8th
+  // is not set, 256 to subtract
+  const uint32_t low = (bytes & 0x007F007F) | 0x43004300;
+  const uint32_t offset = (~bytes & 0x00800080) | 0x43004300;
+  const __nv_bfloat162 q = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
+                                   reinterpret_cast<const __nv_bfloat162&>(offset));
+  return reinterpret_cast<const uint32_t&>(q);
+}
+
+// The integers u - 8 for the lowest 4 bits of two 16-bit lanes, as bfloat16.
+__device__ __forceinline__ uint32_t nibbles_to_bf16(uint32_t nibbles) {
+  const uint32_t low = (nibbles & 0x000F000F) | 0x43004300, offset = 0x43084308;
+  const __nv_bfloat162 q = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
+                                   reinterpret_cast<const __nv_bfloat162&>(offset));
+  return reinterpret_cast<const uint32_t&>(q);
+}
+
+// 2 or 4 words with one access.
+__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[4]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(p);
+  out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
+}
+
+__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[2]) {
+  const uint2 words = *reinterpret_cast<const uint2*>(p);
+  out[0] = words.x, out[1] = words.y;
+}
+
+// The weights of kTiles mma tiles, 8 outputs each, for a block of inputs.
+template <WeightKind kKind, int kTiles>
+struct WeightTile {
+  static_assert(kTiles == 2 || kTiles == 4);
+  static constexpr bool kIsInteger = kKind != WeightKind::kBf16;
+  static constexpr int kOutputs = 8 * kTiles;
+  // words of an output that a thread has
+  static constexpr int kWords = kKind == WeightKind::kBf16 ? 4 : kKind == WeightKind::kInt8 ? 2 : 1;
+  static constexpr int kSteps = 4 * kWords;
+  static constexpr int kChunks = kOutputs / 4;  // of 16 bytes in a step
+  static constexpr int kScaleChunks = kOutputs / 8;
+  static constexpr int kDataBytes = kSteps * kChunks * 16;
+  static constexpr int kBytes = kDataBytes + (kIsInteger ? 2 * kScaleChunks * 16 : 0);
+
+  // Words of a thread: [output], those of a group of mma tiles' 16 inputs.
+  uint32_t words[kTiles][4];
+  // Of the outputs that a thread has sums of, [2][kTiles] as in sums.
+  float scales[2 * kTiles], minimums[2 * kTiles];
+
+  // Where a chunk of a step lies in shared memory: by word, by thread that reads it, and turned so
+  // that 8 lanes that read at once have all banks.
+  static __device__ __forceinline__ int place(int word, int t, int chunk) {
+    const int turn = kTiles == 4 ? 2 * t : t & 2;
+    return ((word * 4 + t) * kChunks + (chunk ^ turn)) * 16;
+  }
+
+  // Start to copy a block of `w` to shared memory, by kThreads threads.
+  template <int kThreads>
+  static __device__ __forceinline__ void copy(const Weights& w, int first_output, int block,
+                                              uint8_t* shared, int thread) {
+    const int panel = first_output / kPanelWidth, lane = first_output % kPanelWidth;
+    const uint8_t* steps = w.data + panel * w.panel_bytes + lane * 4;
+    for (int i = thread; i < kSteps * kChunks; i += kThreads) {
+      const int step = i / kChunks, chunk = i % kChunks, in_panel = block * kSteps + step;
+      const bool is_there = in_panel < w.steps;
+      cp_async_16(shared + place(step % kWords, step / kWords, chunk),
+                  steps + int64_t{is_there ? in_panel : 0} * (kPanelWidth * 4) + chunk * 16,
+                  is_there);
+    }
+    if (kIsInteger && w.scales) {
+      const int part = thread / kScaleChunks, chunk = thread % kScaleChunks;
+      const uint16_t* from = part == 0 ? w.scales : w.minimums;
+      if (part < 2 && from) {
+        const int64_t group = int64_t{panel} * w.groups + (block >> w.group_shift);
+        cp_async_16(shared + kDataBytes + thread * 16,
+                    from + group * kPanelWidth + lane + chunk * 8, true);
+      }
+    }
+  }
+
+  // Read what was copied, by a warp.
+  __device__ __forceinline__ void load(const Weights& w, const uint8_t* shared) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      // 16 bytes are the words of 4 outputs: of all tiles of a column, or of two columns
+      uint32_t of_tile[kTiles];
+      load_words(shared + place(word, t, g * kTiles / 4) + g * kTiles % 4 * 4, of_tile);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) unpack(of_tile[tile], word, words[tile]);
+    }
+    if constexpr (kIsInteger) {
+      const uint8_t* at = shared + kDataBytes + t * kTiles * 4;
+      load_halves(w.scales, at, 1.0f, scales);
+      load_halves(w.minimums, at + kScaleChunks * 16, 0.0f, minimums);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void unpack(uint32_t packed, int word, uint32_t (&out)[4]) {
+    if constexpr (kKind == WeightKind::kBf16) {
+      out[word] = packed;
+    } else {
+      const uint32_t first = __byte_perm(packed, 0, 0x4140),
+                     second = __byte_perm(packed, 0, 0x4342);
+      if constexpr (kKind == WeightKind::kInt8) {
+        out[2 * word] = bytes_to_bf16(first);
+        out[2 * word + 1] = bytes_to_bf16(second);
+      } else {
+        out[0] = nibbles_to_bf16(first);
+        out[1] = nibbles_to_bf16(second);
+        out[2] = nibbles_to_bf16(first >> 4);
+        out[3] = nibbles_to_bf16(second >> 4);
+      }
+    }
+  }
+
+  // Float16 values of a thread's 2 kTiles outputs, or what stands for them where there are none.
+  static __device__ __forceinline__ void load_halves(const void* source, const uint8_t* shared,
+                                                     float none, float (&out)[2 * kTiles]) {
+    uint32_t pairs[kTiles] = {};
+    if (source) load_words(shared, pairs);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const float2 two = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      out[2 * i] = source ? two.x : none;
+      out[2 * i + 1] = source ? two.y : none;
+    }
+  }
+};
+
+}  // namespace leangpt::cuda

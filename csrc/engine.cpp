@@ -1,62 +1,27 @@
-// The C interface of the CPU decode engine, for kernels/decode.py. It knows no torch: text is
-// generated from a packed file without loading it. A function returns 0, or the kind of an error
-// whose message leangpt_error() tells.
+// The C interface of the CPU decode engine, for kernels/decode.py: a decoder's functions
+// (engine-inl.h), and those of packing. It knows no torch: text is generated from a packed file
+// without loading it.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/decoder.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
-#define LEANGPT_EXPORT extern "C" __attribute__((visibility("default")))
+namespace leangpt {
 
-using namespace leangpt;
-using leangpt::cpu::Decoder;
+using Decoder = cpu::Decoder;
 
-namespace {
+// With the team of threads.
+struct Turn {
+  const std::unique_lock<std::mutex> turn = cpu::Team::get().turn();
+};
 
-enum Status : int { kOk = 0, kInvalid = 1, kCacheFull = 2, kFailed = 3 };
+}  // namespace leangpt
 
-thread_local std::string error;
-
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return kOk;
-  } catch (const CacheFull& e) {
-    error = e.what();
-    return kCacheFull;
-  } catch (const std::invalid_argument& e) {
-    error = e.what();
-    return kInvalid;
-  } catch (const std::bad_alloc&) {
-    error = "out of memory";
-    return kFailed;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return kFailed;
-  }
-}
-
-// What the team of threads works at.
-template <class F>
-int guarded_work(const F& f) {
-  return guarded([&] {
-    const auto turn = cpu::Team::get().turn();
-    f();
-  });
-}
-
-}  // namespace
-
-LEANGPT_EXPORT const char* leangpt_error() { return error.c_str(); }
+#include "engine-inl.h"
 
 LEANGPT_EXPORT int leangpt_isa(const char** name) {
   return guarded([&] { *name = cpu::isa_name(cpu::active_isa()); });
@@ -68,16 +33,13 @@ LEANGPT_EXPORT int leangpt_set_threads(int count) {
 
 LEANGPT_EXPORT int leangpt_num_threads() { return cpu::Team::get().num_threads(); }
 
-LEANGPT_EXPORT int leangpt_kv_block_size() { return KvBlocks::kBlockSize; }
-
 // Bytes of the packed data, scales and minimums of a matrix whose kind, n, k and group are filled
 // in.
 LEANGPT_EXPORT void leangpt_packed_bytes(const Matrix* w, int64_t bytes[3]) {
-  const int64_t scales = int64_t{w->panels()} * w->groups() * kPanelWidth;
   const bool is_integer = w->kind == WeightKind::kInt8 || w->kind == WeightKind::kInt4;
   bytes[0] = w->panels() * w->panel_bytes();
-  bytes[1] = !is_integer ? 0 : w->group == 0 ? scales * 4 : scales * 2;
-  bytes[2] = is_integer && w->group != 0 ? scales * 2 : 0;
+  bytes[1] = is_integer ? w->scale_bytes() : 0;
+  bytes[2] = is_integer && w->group != 0 ? w->num_scales() * 2 : 0;
 }
 
 // Pack rows of float32 (or bfloat16) into the memory that `w` points to. Row i of the matrix is
@@ -164,44 +126,6 @@ LEANGPT_EXPORT int leangpt_decoder_new(const Model* model, int kv_kind, int32_t 
                                        Decoder** decoder) {
   return guarded(
       [&] { *decoder = new Decoder(*model, static_cast<cpu::KvKind>(kv_kind), num_blocks); });
-}
-
-LEANGPT_EXPORT void leangpt_decoder_delete(Decoder* decoder) { delete decoder; }
-
-LEANGPT_EXPORT int64_t leangpt_add_sequence(Decoder* decoder) { return decoder->blocks().add(); }
-
-LEANGPT_EXPORT int leangpt_fork(Decoder* decoder, int64_t sequence, int64_t* copy) {
-  return guarded([&] { *copy = decoder->blocks().fork(sequence); });
-}
-
-LEANGPT_EXPORT int leangpt_truncate(Decoder* decoder, int64_t sequence, int64_t length) {
-  return guarded([&] { decoder->blocks().truncate(sequence, length); });
-}
-
-LEANGPT_EXPORT int leangpt_drop(Decoder* decoder, int64_t sequence) {
-  return guarded([&] { decoder->blocks().drop(sequence); });
-}
-
-LEANGPT_EXPORT int32_t leangpt_free_blocks(Decoder* decoder) {
-  return decoder->blocks().free_blocks();
-}
-
-LEANGPT_EXPORT int leangpt_hidden(Decoder* decoder, const Batch* batch, float* out) {
-  return guarded_work([&] { decoder->hidden(*batch, out); });
-}
-
-LEANGPT_EXPORT int leangpt_logits(Decoder* decoder, const Batch* batch, float* out) {
-  return guarded_work([&] { decoder->logits(*batch, out); });
-}
-
-LEANGPT_EXPORT int leangpt_logprobs(Decoder* decoder, const Batch* batch, const int64_t* targets,
-                                    float* out) {
-  return guarded_work([&] { decoder->logprobs(*batch, targets, out); });
-}
-
-LEANGPT_EXPORT int leangpt_sample(Decoder* decoder, const Batch* batch,
-                                  const DrawSettings* settings, Drawn* out) {
-  return guarded_work([&] { decoder->sample(*batch, settings, out); });
 }
 
 LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,

@@ -42,6 +42,8 @@ struct Matrix {
     constexpr int kInputs[] = {1, 2, 4, 8};
     return padded_k() / kInputs[static_cast<int>(kind)];
   }
+  int64_t num_scales() const { return panels() * groups() * kPanelWidth; }
+  int64_t scale_bytes() const { return num_scales() * (group == 0 ? 4 : 2); }
   int64_t panel_bytes() const { return steps() * kPanelWidth * 4; }
 };
 

@@ -1,0 +1,319 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace leangpt::cuda {
+namespace {
+
+constexpr int kOutputRows = kMaxPaddedRows;  // hidden states or logits that are held at a time
+
+std::string text(int64_t n) { return std::to_string(n); }
+
+// The config of a model that the kernels know.
+const ModelConfig& checked(const Model& model, KvKind kv_kind, int device) {
+  if (model.config.head_dim > kMaxHeadDim) {
+    throw std::invalid_argument("head_dim must be at most " + text(kMaxHeadDim) + " on CUDA, got " +
+                                text(model.config.head_dim));
+  }
+  if (model.embedding.kind == WeightKind::kFp32) {
+    throw std::invalid_argument(
+        "the model's weights are packed as fp32: the CUDA decode engine multiplies bf16, int8 and "
+        "int4; pack it as bf16");
+  }
+  if (kv_kind != KvKind::kBf16 && kv_kind != KvKind::kInt8) {
+    throw std::invalid_argument("the cache must be bfloat16 or int8 on CUDA");
+  }
+  check_device(device);
+  return model.config;
+}
+
+}  // namespace
+
+void check_device(int device) {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "looking for GPUs");
+  if (device < 0 || device >= count) {
+    throw std::invalid_argument("there is no device cuda:" + text(device) + ", of " + text(count));
+  }
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  if (major < 8) {
+    throw std::invalid_argument(
+        "the CUDA decode engine needs compute capability 8.0 or higher (A100, RTX 30 and later), "
+        "cuda:" +
+        text(device) + " has " + text(major) + ".x");
+  }
+}
+
+int64_t free_memory(int device) {
+  const DeviceGuard guard(device);
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return static_cast<int64_t>(free);
+}
+
+Decoder::Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks, int device,
+                 bool has_graphs)
+    : device_(device),
+      has_graphs_(has_graphs),
+      config_(checked(model, kv_kind, device)),
+      model_(model),
+      layers_(model.layers, model.layers + model.config.n_layer),
+      blocks_(num_blocks),
+      kv_kind_(kv_kind),
+      block_bytes_(kv_block_bytes(config_.n_kv_head, config_.head_dim, kv_kind)),
+      layer_bytes_(block_bytes_ * (int64_t{num_blocks} + Step::num_spare_pages(config_))),
+      step_(config_, num_blocks) {
+  const DeviceGuard guard(device_);
+  stream_.create();
+  upload();
+  const int64_t cache_bytes = layer_bytes_ * config_.n_layer, free = free_memory(device_);
+  if (cache_bytes > free) {
+    throw std::runtime_error("the key/value cache of " + text(num_blocks) + " pages needs " +
+                             text(cache_bytes >> 20) + " MiB of GPU memory, and " +
+                             text(free >> 20) +
+                             " MiB are free beside the weights: lower num_blocks");
+  }
+  cache_.reserve(cache_bytes);
+}
+
+Decoder::~Decoder() {
+  cudaStreamSynchronize(stream_);
+  forget_graphs();
+}
+
+// Copy all weights, and point to the copies.
+void Decoder::upload() {
+  const int64_t C = round_up(config_.n_embd, kLanes), D = round_up(config_.head_dim, kLanes);
+  for (Layer& l : layers_) {
+    for (const float** vector :
+         {&l.norm_1_weight, &l.norm_1_bias, &l.norm_2_weight, &l.norm_2_bias}) {
+      upload(vector, C);
+    }
+    for (const float** vector : {&l.q_norm, &l.k_norm}) upload(vector, D);
+    for (Matrix* w : {&l.qkv, &l.attn_out, &l.mlp_in, &l.mlp_out}) upload(w);
+  }
+  model_.layers = layers_.data();
+  upload(&model_.norm_f_weight, C);
+  upload(&model_.norm_f_bias, C);
+  upload(&model_.positions, config_.max_seq_len * C);
+  upload(&model_.frequencies, config_.head_dim / 2);
+  upload(&model_.embedding);
+  upload(&model_.head);
+  model_.screen = {};  // for few rows on a CPU
+  model_.screen_errors = nullptr;
+}
+
+void Decoder::upload(Matrix* w) {
+  upload(&w->data, w->panels() * w->panel_bytes());
+  if (w->scales) {
+    const auto* scales = static_cast<const uint8_t*>(w->scales);
+    upload(&scales, w->scale_bytes());
+    w->scales = scales;
+  }
+  upload(&w->minimums, w->num_scales());
+  upload(&w->bias, w->panels() * kPanelWidth);
+}
+
+template <class T>
+void Decoder::upload(const T** data, int64_t count) {
+  if (*data == nullptr) return;
+  const void*& copy = uploaded_[*data];
+  if (copy == nullptr) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    DeviceBuffer buffer;
+    buffer.reserve(bytes);
+    check(cudaMemcpy(buffer.at(), *data, bytes, cudaMemcpyHostToDevice), "copying the weights");
+    copy = buffer.at();
+    weights_.push_back(std::move(buffer));
+  }
+  *data = static_cast<const T*>(copy);
+}
+
+Norm Decoder::norm(const float* weight, const float* bias) const {
+  return {weight, bias, config_.norm_eps, config_.is_rms_norm != 0};
+}
+
+KvLayer Decoder::kv_layer(int layer) const {
+  return {cache_.at(layer * layer_bytes_), block_bytes_, kv_kind_};
+}
+
+// Room for what the step's kernels write; graphs are forgotten where it moves.
+void Decoder::reserve() {
+  const StepShape& shape = step_.shape();
+  const int64_t N = shape.num_rows, outputs = std::min(shape.num_outputs, kOutputRows);
+  const int64_t floats = sizeof(float), halves = sizeof(uint16_t);
+  const int64_t widths[] = {stride_of(config_.n_embd), stride_of(config_.vocab_size)};
+  const int64_t scratch_bytes =
+      std::max(attention_scratch_floats(heads(), shape.num_rows, shape.max_keys) * floats,
+               sample_scratch_bytes(config_.vocab_size, static_cast<int>(outputs)));
+  bool has_moved = stream_rows_.reserve(N * widths[0] * floats);
+  has_moved |= qkv_.reserve(N * qkv_stride() * floats);
+  has_moved |= queries_.reserve(N * attended_stride() * halves);
+  has_moved |= attended_.reserve(N * attended_stride() * halves);
+  has_moved |= inner_.reserve(N * stride_of(config_.n_inner) * halves);
+  has_moved |= outputs_.reserve(outputs * std::max(widths[0], widths[1]) * floats);
+  has_moved |= scratch_.reserve(scratch_bytes);
+  if (has_moved) forget_graphs();
+}
+
+void Decoder::launch_blocks() {
+  const int N = step_.shape().num_rows;
+  const int64_t C = stride_of(config_.n_embd), inner_stride = stride_of(config_.n_inner);
+  auto* x = stream_rows_.at<float>();
+  auto* qkv = qkv_.at<float>();
+  auto* attended = attended_.at<uint16_t>();
+  auto* inner = inner_.at<uint16_t>();
+  const StepRows rows = step_.rows();
+
+  const auto normed = [&](const float* weight, const float* bias) {
+    return LinearInput{x, nullptr, C, nullptr, norm(weight, bias)};
+  };
+  const auto add_product = [&](const uint16_t* in, int64_t stride, const Matrix& w) {
+    linear_decode(w, {nullptr, in, stride, nullptr, {}},
+                  {nullptr, x, nullptr, C, Activation::kNone}, N, stream_);
+  };
+
+  embed(model_.embedding, model_.positions, round_up(config_.n_embd, kLanes), step_.tokens(),
+        step_.positions(), x, C, N, stream_);
+  for (int layer = 0; layer < config_.n_layer; ++layer) {
+    const Layer& l = layers_[layer];
+    const KvLayer pages = kv_layer(layer);
+    linear_decode(l.qkv, normed(l.norm_1_weight, l.norm_1_bias),
+                  {qkv, nullptr, nullptr, qkv_stride(), Activation::kNone}, N, stream_);
+    append_kv({qkv, qkv_stride(), l.q_norm, l.k_norm, config_.norm_eps, model_.frequencies,
+               model_.rope_magnitude, queries_.at<uint16_t>(), attended_stride()},
+              heads(), rows, pages, stream_);
+    attention_decode({queries_.at<uint16_t>(), attended, attended_stride(), step_.tiles(),
+                      step_.shape().num_tiles, step_.shape().max_keys, config_.sliding_window,
+                      scratch_.at<float>()},
+                     heads(), rows, pages, stream_);
+    add_product(attended, attended_stride(), l.attn_out);
+    linear_decode(l.mlp_in, normed(l.norm_2_weight, l.norm_2_bias),
+                  {nullptr, nullptr, inner, inner_stride, config_.activation}, N, stream_);
+    add_product(inner, inner_stride, l.mlp_out);
+  }
+}
+
+// Hidden states or logits of some of the output rows, and what is made of logits.
+void Decoder::launch_output(int first, int count) {
+  const int64_t C = stride_of(config_.n_embd), V = stride_of(config_.vocab_size);
+  const int32_t* rows = step_.output_rows() + first;
+  const Norm norm_f = norm(model_.norm_f_weight, model_.norm_f_bias);
+  const auto* x = stream_rows_.at<float>();
+  auto* out = outputs_.at<float>();
+  const Output output = step_.shape().output;
+  if (output == Output::kHidden) {
+    normalize(x, C, rows, norm_f, config_.n_embd, out, C, count, stream_);
+    return;
+  }
+  linear_decode(model_.head, {x, nullptr, C, rows, norm_f},
+                {out, nullptr, nullptr, V, Activation::kNone}, count, stream_);
+  if (output == Output::kLogprobs) {
+    log_probs(out, V, config_.vocab_size, step_.targets() + first, step_.logprobs() + first, count,
+              stream_);
+  } else if (output == Output::kSample) {
+    cuda::sample(out, V, config_.vocab_size, step_.settings() + first, step_.drawn() + first,
+                 scratch_.at(), count, stream_);
+  }
+}
+
+void Decoder::copy_output(int first, int count, float* out) {
+  const int64_t width =
+      step_.shape().output == Output::kHidden ? config_.n_embd : config_.vocab_size;
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
+  check(cudaMemcpy2DAsync(out + first * width, row_bytes, outputs_.at(),
+                          stride_of(width) * sizeof(float), row_bytes, count,
+                          cudaMemcpyDeviceToHost, stream_),
+        "copying logits");
+}
+
+void Decoder::launch_graph() {
+  const auto [found, is_new] = graphs_.try_emplace(step_.shape(), nullptr);
+  if (is_new) {  // its kernels are loaded by this, which a capture could not do
+    launch_blocks();
+    launch_output(0, step_.shape().num_outputs);
+    return;
+  }
+  if (found->second == nullptr) found->second = capture();
+  check(cudaGraphLaunch(found->second, stream_), "cudaGraphLaunch");
+}
+
+cudaGraphExec_t Decoder::capture() {
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing a step");
+  cudaGraph_t graph = nullptr;
+  try {
+    launch_blocks();
+    launch_output(0, step_.shape().num_outputs);
+  } catch (...) {
+    cudaStreamEndCapture(stream_, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  check(cudaStreamEndCapture(stream_, &graph), "capturing a step");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiateWithFlags(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "cudaGraphInstantiate");
+  return executable;
+}
+
+void Decoder::forget_graphs() {
+  for (const auto& [shape, graph] : graphs_) {
+    if (graph) cudaGraphExecDestroy(graph);
+  }
+  graphs_.clear();
+}
+
+void Decoder::run(const Batch& batch, Output output, const int64_t* targets,
+                  const DrawSettings* settings, float* out) {
+  const DeviceGuard guard(device_);
+  std::vector<BlockCopy> copies;
+  const std::vector<Row> rows = admit(batch, config_, blocks_, &copies);
+  if (step_.gather(batch, rows, copies, output, targets, settings, has_graphs_)) forget_graphs();
+  reserve();
+  step_.send(stream_);
+  if (!copies.empty()) {
+    copy_pages(cache_.at(), layer_bytes_, config_.n_layer, block_bytes_, step_.copies(),
+               step_.num_copies(), stream_);
+  }
+  const int num_outputs = static_cast<int>(batch.num_outputs);
+  if (step_.shape().is_padded) {
+    launch_graph();
+    if (out) copy_output(0, num_outputs, out);
+  } else {
+    launch_blocks();
+    for (int first = 0; first < num_outputs; first += kOutputRows) {
+      const int count = std::min(kOutputRows, num_outputs - first);
+      launch_output(first, count);
+      if (out) copy_output(first, count, out);
+    }
+  }
+  step_.receive(stream_);
+  check(cudaStreamSynchronize(stream_), "running a step");
+  for (const Row& row : rows) ++row.sequence->length;
+}
+
+void Decoder::hidden(const Batch& batch, float* out) {
+  run(batch, Output::kHidden, nullptr, nullptr, out);
+}
+
+void Decoder::logits(const Batch& batch, float* out) {
+  run(batch, Output::kLogits, nullptr, nullptr, out);
+}
+
+void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
+  check_targets(batch, targets, config_.vocab_size);
+  run(batch, Output::kLogprobs, targets, nullptr, nullptr);
+  step_.copy_logprobs(batch.num_outputs, out);
+}
+
+void Decoder::sample(const Batch& batch, const DrawSettings* settings, Drawn* out) {
+  run(batch, Output::kSample, nullptr, settings, nullptr);
+  step_.copy_draws(settings, batch.num_outputs, out);
+}
+
+}  // namespace leangpt::cuda

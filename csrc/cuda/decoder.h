@@ -1,0 +1,94 @@
+// Runs a packed model over growing sequences on one GPU: the interface of cpu/decoder.h.
+//
+// The results of a sequence have the same bits whatever else is in the batch, and however its
+// tokens were cut into steps: every sum runs in an order that depends on the sequence alone (see
+// the kernels).
+//
+// A step's inputs go to the device in one copy, and tokens are drawn there. Steps that append one
+// token to each sequence are captured in CUDA graphs, of which a few serve all (see StepShape).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "../batch.h"
+#include "../model.h"
+#include "kernels.h"
+#include "memory.h"
+#include "step.h"
+
+namespace leangpt::cuda {
+
+// Throws std::invalid_argument or std::runtime_error unless the kernels run on a device.
+void check_device(int device);
+int64_t free_memory(int device);  // bytes
+
+class Decoder {
+ public:
+  // Copies the model to the device, and takes all of the cache's memory. Throws
+  // std::invalid_argument for a model, cache or device that the kernels do not know.
+  Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks, int device, bool has_graphs);
+  ~Decoder();
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
+
+  KvBlocks& blocks() { return blocks_; }
+
+  // As those of cpu::Decoder. Throw std::runtime_error where the device fails.
+  void hidden(const Batch& batch, float* out);
+  void logits(const Batch& batch, float* out);
+  void logprobs(const Batch& batch, const int64_t* targets, float* out);
+  void sample(const Batch& batch, const DrawSettings* settings, Drawn* out);
+
+ private:
+  void upload();
+  void upload(Matrix* w);
+  template <class T>
+  void upload(const T** data, int64_t count);
+
+  // Append a batch and compute an output, as far as its results on the device; rows of hidden
+  // states and logits go to `out`.
+  void run(const Batch& batch, Output output, const int64_t* targets, const DrawSettings* settings,
+           float* out);
+  void reserve();
+  void launch_blocks();
+  void launch_output(int first, int count);
+  void copy_output(int first, int count, float* out);
+  void launch_graph();
+  cudaGraphExec_t capture();
+  void forget_graphs();
+
+  // Rows of the buffers are padded, see kernels.h.
+  static int64_t stride_of(int64_t width) { return round_up(width, kLanes); }
+  int64_t qkv_stride() const {
+    return stride_of((config_.n_head + 2 * config_.n_kv_head) * config_.head_dim);
+  }
+  int64_t attended_stride() const { return stride_of(config_.n_head * config_.head_dim); }
+  HeadShape heads() const { return {config_.n_head, config_.n_kv_head, config_.head_dim}; }
+  Norm norm(const float* weight, const float* bias) const;
+  KvLayer kv_layer(int layer) const;
+
+  const int device_;
+  const bool has_graphs_;
+  const ModelConfig config_;
+  Model model_;  // its pointers, and those of `layers_`, are the device's
+  std::vector<Layer> layers_;
+  std::vector<DeviceBuffer> weights_;
+  std::unordered_map<const void*, const void*> uploaded_;  // tied weights are there once
+
+  KvBlocks blocks_;
+  const KvKind kv_kind_;
+  const int64_t block_bytes_, layer_bytes_;
+  DeviceBuffer cache_;
+
+  Stream stream_;
+  Step step_;
+  DeviceBuffer stream_rows_, qkv_, queries_, attended_, inner_, outputs_, scratch_;
+  std::map<StepShape, cudaGraphExec_t> graphs_;  // null: met once, and not captured yet
+};
+
+}  // namespace leangpt::cuda

@@ -1,42 +1,36 @@
-"""The emulator's library, compiled from simt/ at its first use, and what Python tells it.
-
-The library is kept under build/emulator of the repository, in a folder named by the hash of its sources, the compiler and the CPU.
-"""
+"""The emulator's library, compiled from simt/ at its first use, and what Python tells it."""
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
-import platform
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .build import shared_library
 
 if TYPE_CHECKING:
     from .lowering import Program
     from .ptx import Statement
 
 SOURCES = Path(__file__).parent / "simt"
-CACHE = Path(__file__).parents[2] / "build" / "emulator"
 ORDERS = ("forward", "reverse", "random")
-FLAGS = [
-    "-std=c++17",
-    "-O2",
-    "-march=native",
-    "-fPIC",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-w",
-]
+FLAGS = ["-march=native", "-fno-math-errno"]
 
 
 class Fault(RuntimeError):
     """A kernel did what is undefined or illegal."""
+
+
+class OptionsStruct(ctypes.Structure):
+    _fields_ = (
+        [("seed", ctypes.c_uint64)]
+        + [
+            (name, ctypes.c_int32)
+            for name in ("order", "resident", "preempt", "race", "early_async")
+        ]
+        + [("max_instructions", ctypes.c_uint64)]
+    )
 
 
 @dataclass(frozen=True)
@@ -55,57 +49,31 @@ class Options:
         1_000_000_000  # of all warps; a kernel that runs longer is taken not to end
     )
 
-
-class _Options(ctypes.Structure):
-    _fields_ = (
-        [("seed", ctypes.c_uint64)]
-        + [
-            (name, ctypes.c_int32)
-            for name in ("order", "resident", "preempt", "race", "early_async")
-        ]
-        + [("max_instructions", ctypes.c_uint64)]
-    )
+    def as_struct(self) -> OptionsStruct:
+        return OptionsStruct(
+            self.seed,
+            ORDERS.index(self.order),
+            self.resident,
+            self.preempt,
+            self.race,
+            self.early_async,
+            self.max_instructions,
+        )
 
 
 class _Buffer(ctypes.Structure):
     _fields_ = [("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p)]
 
 
-def _cpu() -> str:
-    """What -march=native depends on."""
-    flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)
-    return platform.machine() + (flags[0] if flags else "")
-
-
-def _compile(library: Path, compiler: str) -> None:
-    """Compile all sources side by side and link them."""
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        objects = {source: f"{folder}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
-        compilations = [
-            subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", to])
-            for source, to in objects.items()
-        ]
-        if max(process.wait() for process in compilations):
-            raise RuntimeError(f"{compiler} cannot compile {SOURCES}")
-        output = f"{folder}/{library.name}"
-        subprocess.run([compiler, "-shared", *objects.values(), "-o", output], check=True)
-        os.replace(output, library)
+@functools.cache
+def library_path() -> Path:
+    """The emulator's library."""
+    return shared_library("simt", SOURCES.glob("*.cpp"), FLAGS)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler = os.environ.get("CXX", "g++")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(version + " ".join(FLAGS).encode() + _cpu().encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    library = CACHE / f"simt-{digest.hexdigest()[:16]}.so"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
-        if not library.exists():
-            _compile(library, compiler)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library_path()))
     loaded.simt_instructions.restype = ctypes.c_char_p
     loaded.simt_launch.restype = ctypes.c_char_p
     loaded.simt_program.restype = ctypes.c_void_p
@@ -131,7 +99,7 @@ class Machine:
         size = ctypes.c_size_t
         rows, operands = program.rows, program.operands
         num_columns = len(rows) // len(program.statements)
-        self._handle = ctypes.c_void_p(
+        self.handle = ctypes.c_void_p(
             _library().simt_program(
                 program.kernel.name.encode(), ctypes.c_void_p(rows.buffer_info()[0]), size(len(rows) // num_columns),
                 (ctypes.c_char_p * len(program.statements))(*map(_place, program.statements)),
@@ -159,18 +127,9 @@ class Machine:
             _Buffer(start, start + length, name.encode())
             for start, length, name in (*buffers, *constants)
         ]
-        order = ORDERS.index(options.order)
-        settings = _Options(
-            options.seed,
-            order,
-            options.resident,
-            options.preempt,
-            options.race,
-            options.early_async,
-            options.max_instructions,
-        )
+        settings = options.as_struct()
         message = _library().simt_launch(
-            self._handle, params, size(len(params)), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
+            self.handle, params, size(len(params)), (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
             ctypes.c_uint32(shared_bytes), ctypes.byref(settings),
             (_Buffer * len(ranges))(*ranges), size(len(ranges)),
         )  # fmt: skip

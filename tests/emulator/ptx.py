@@ -4,6 +4,7 @@ It knows the grammar that Triton, nvcc and inline assembly write, and no instruc
 lowering.py and of the table in simt/. Anything else of the grammar raises `Unsupported`, it is never skipped.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,16 +58,19 @@ class Variables:
     """Variables of one memory space, laid out from offset 0."""
 
     offsets: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
 
     def add(self, name: str, num_bytes: int, alignment: int) -> None:
         self.offsets[name] = -(-self.num_bytes // alignment) * alignment
+        self.sizes[name] = num_bytes
         self.num_bytes = self.offsets[name] + num_bytes
 
 
 @dataclass(slots=True)
 class Kernel:
     name: str
+    max_threads: int  # of a block
     params: Variables
     shared: Variables  # static ones; those of dynamic size start behind them
     local: Variables  # of each thread
@@ -220,6 +224,12 @@ def read_kernels(text: str) -> dict[str, Kernel]:
     }
 
 
+def _max_threads(directives: str) -> int:
+    """What .maxntid or .reqntid, of __launch_bounds__, say of a kernel."""
+    found = re.search(r"\.(?:maxntid|reqntid)\s+([\d\s,]+)", directives)
+    return math.prod(int(n) for n in found[1].split(",")) if found else 1024
+
+
 def _read_kernel(
     text: str,
     entry: re.Match,
@@ -253,6 +263,7 @@ def _read_kernel(
         spaces["shared"].add(name, 0, alignment)
     return Kernel(
         name=entry[1],
+        max_threads=_max_threads(entry[3]),
         params=params,
         shared=spaces["shared"],
         local=spaces["local"],

@@ -1,0 +1,54 @@
+"""Tests of the CUDA kernels and of the decode engine on them: what nvcc compiled runs in the emulator, its launch code included."""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from emulator import cuda as emulated_cuda
+
+
+@pytest.fixture(scope="session")
+def _nvcc(in_ci: bool) -> None:
+    """Skip where nothing can be compiled."""
+    if emulated_cuda.unavailable_reason:
+        reason = f"NOTHING of tests/cuda ran: {emulated_cuda.unavailable_reason}"
+        if in_ci:
+            warnings.warn(reason, stacklevel=1)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cuda(_nvcc: None) -> Iterator[ModuleType]:
+    """The module emulator.cuda: libraries with kernels in them, and device memory.
+
+    A fault that was not raised as an exception fails the test; `cuda.reset()` forgets one that is expected. Memory, streams and graphs of code under test must be
+    freed; what the test itself allocated is freed here.
+    """
+    emulated_cuda.reset()
+    yield emulated_cuda
+    gc.collect()
+    fault, leaks = (
+        emulated_cuda.untold_fault(),
+        [] if emulated_cuda.fault() else emulated_cuda.leaks(),
+    )
+    emulated_cuda.reset()
+    assert fault is None, fault
+    assert not leaks, f"not freed: {leaks}"
+
+
+SCHEDULES = {
+    "random": {"seed": 1, "preempt": 20},
+    "forward": {"order": "forward", "preempt": 0, "early_async": True},
+    "reverse": {"order": "reverse", "resident": 100, "is_deferred": True},
+}
+
+
+@pytest.fixture(
+    params=["random", *(pytest.param(s, marks=pytest.mark.full) for s in ("forward", "reverse"))]
+)
+def schedule(request: pytest.FixtureRequest, cuda: ModuleType) -> Iterator[str]:
+    """Run the test's launches in different orders of threads and times of copies, which must change nothing."""
+    with cuda.settings(**SCHEDULES[request.param]):
+        yield request.param

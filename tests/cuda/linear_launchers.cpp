@@ -1,0 +1,54 @@
+// The launchers of products, norms and the embedding, for ctypes: what they throw is returned.
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/cuda/kernels.h"
+
+using namespace leangpt;
+using namespace leangpt::cuda;
+
+namespace {
+
+template <class F>
+const char* message_of(const F& f) {
+  static std::string message;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* call_linear_decode(const Matrix* w, const LinearInput* in, const LinearOutput* out,
+                               int num_rows) {
+  return message_of([&] { linear_decode(*w, *in, *out, num_rows, nullptr); });
+}
+
+const char* call_normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm* norm,
+                           int width, void* out, int is_bf16, int64_t out_stride, int num_rows) {
+  return message_of([&] {
+    if (is_bf16) {
+      normalize(x, stride, row_of, *norm, width, static_cast<uint16_t*>(out), out_stride, num_rows,
+                nullptr);
+    } else {
+      normalize(x, stride, row_of, *norm, width, static_cast<float*>(out), out_stride, num_rows,
+                nullptr);
+    }
+  });
+}
+
+const char* call_embed(const Matrix* embedding, const float* learned, int64_t learned_stride,
+                       const int32_t* tokens, const int32_t* positions, float* stream,
+                       int64_t stride, int num_rows) {
+  return message_of([&] {
+    embed(*embedding, learned, learned_stride, tokens, positions, stream, stride, num_rows,
+          nullptr);
+  });
+}
+}

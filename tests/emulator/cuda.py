@@ -1,0 +1,263 @@
+"""CUDA code without a GPU: libraries that nvcc compiled, with a fake CUDA runtime (cudart/) that runs their kernels in the emulator.
+
+    library = cuda.library("scale", [Path("csrc/cuda/scale.cu"), ...])   # a ctypes.CDLL, its calls raise Fault
+    x, y = cuda.to_device(torch.randn(8), "x"), cuda.empty(8, torch.float32, "y")
+    with cuda.settings(seed=1, order="reverse", is_deferred=True):
+        library.scale(x, y, 8)
+    y.cpu()
+
+Device memory lies at addresses that the host cannot touch; `to_device`, `empty` and `cpu` copy. What the code under test allocates
+by itself is seen too: `leaks` tells what of it was not freed.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .build import CUDA_HOME, NVCC, shared_library
+from .lowering import lower
+from .machine import Fault, Machine, Options, OptionsStruct
+from .ptx import Kernel, Unsupported, num_bytes, read_kernels
+
+__all__ = ["DeviceTensor", "Fault", "Settings", "empty", "fault", "leaks", "library", "reset", "settings", "to_device", "untold_fault"]  # fmt: skip
+
+SOURCES = Path(__file__).parent / "cudart"
+unavailable_reason = None if NVCC else "nvcc was not found: set CUDA_HOME"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Options):
+    """How launches are run, and the device that there seems to be."""
+
+    race: int = 1
+    resident: int = 2
+    is_deferred: bool = False  # streams do nothing before the host waits for them
+    capability: tuple[int, int] = (8, 0)  # (0, 0): neither a device nor a driver
+    num_multiprocessors: int = 108
+    memory_bytes: int = 1 << 32
+
+
+class _Settings(ctypes.Structure):
+    """Twin of Settings in cudart/runtime.h."""
+
+    _fields_ = [
+        ("options", OptionsStruct),
+        *((name, ctypes.c_int32) for name in ("is_deferred", "major", "minor")),
+        ("num_multiprocessors", ctypes.c_int32),
+        ("memory_bytes", ctypes.c_uint64),
+    ]
+
+
+class _Kernel(ctypes.Structure):
+    """Twin of Kernel in cudart/runtime.h."""
+
+    _fields_ = [
+        ("program", ctypes.c_void_p),
+        *((name, ctypes.c_uint32) for name in ("num_params", "param_bytes", "shared_bytes")),
+        *((name, ctypes.c_uint32) for name in ("local_bytes", "max_threads")),
+        *((name, ctypes.POINTER(ctypes.c_uint32)) for name in ("param_offsets", "param_sizes")),
+    ]
+
+
+_LOADER = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Kernel)
+)
+_modules: dict[int, dict[str, Kernel]] = {}
+_loaded: list[Any] = []  # what the runtime points to
+
+
+@_LOADER
+def _load(module: int, ptx: bytes, name: bytes, out: Any) -> bool:
+    """Translate a kernel for the runtime."""
+    try:
+        if module not in _modules:
+            _modules[module] = read_kernels(ptx.decode())
+        kernel = _modules[module][name.decode()]
+        program = Machine(lower(kernel))
+    except Unsupported as error:
+        runtime().emulator_refuse(str(error).encode())
+        return False
+    params = kernel.params
+    offsets = (ctypes.c_uint32 * len(params.offsets))(*params.offsets.values())
+    sizes = (ctypes.c_uint32 * len(params.sizes))(*params.sizes.values())
+    for variable, memory in program.program.buffers.items():
+        text = variable.encode()
+        runtime().emulator_register(memory, ctypes.c_size_t(len(memory)), text)
+        _loaded.append(text)
+    _loaded.extend([program, offsets, sizes])
+    out[0] = _Kernel(
+        program.handle, len(offsets), params.num_bytes, kernel.shared.num_bytes, kernel.local.num_bytes,
+        kernel.max_threads, offsets, sizes,
+    )  # fmt: skip
+    return True
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The fake runtime, compiled at its first use."""
+    loaded = ctypes.CDLL(str(runtime_path()))
+    loaded.emulator_fault.restype = ctypes.c_char_p
+    loaded.emulator_leaks.restype = ctypes.c_char_p
+    loaded.cudaGetErrorString.restype = ctypes.c_char_p
+    loaded.emulator_set_loader(_load)
+    _configure(loaded, _current)
+    return loaded
+
+
+@functools.cache
+def runtime_path() -> Path:
+    flags = [f"-I{CUDA_HOME}/include"]
+    return shared_library("cudart", SOURCES.glob("*.cpp"), flags, link=[machine.library_path()])
+
+
+def _configure(loaded: ctypes.CDLL, to: Settings) -> None:
+    struct = _Settings(
+        to.as_struct(), to.is_deferred, *to.capability, to.num_multiprocessors, to.memory_bytes
+    )
+    loaded.emulator_configure(ctypes.byref(struct))
+
+
+_current = Settings()
+
+
+@contextlib.contextmanager
+def settings(**changes: Any) -> Iterator[None]:
+    """Change the settings in the block."""
+    global _current
+    before = _current
+    _current = dataclasses.replace(before, **changes)
+    _configure(runtime(), _current)
+    try:
+        yield
+    finally:
+        _current = before
+        _configure(runtime(), _current)
+
+
+class Library(ctypes.CDLL):
+    """A library whose calls raise the fault of a kernel that they launched."""
+
+    def __getitem__(self, name: Any) -> Any:
+        function = super().__getitem__(name)
+        function.errcheck = _raise_fault
+        return function
+
+
+_raised: str | None = None  # the last fault that the caller was told
+
+
+def _raise_fault(result: Any, function: Any, arguments: Any) -> Any:
+    global _raised
+    text = fault()
+    if text:
+        _raised = text
+        raise Fault(text)
+    return result
+
+
+def library(name: str, sources: Iterable[Path], flags: Sequence[str] = ()) -> Library:
+    """Compile sources, .cu and .cpp, into a library that is linked with the fake runtime, and load it."""
+    flags = [f"-I{CUDA_HOME}/include", *flags]
+    path = shared_library(name, sources, flags, link=[runtime_path()])
+    runtime()
+    return Library(str(path), mode=ctypes.DEFAULT_MODE | _DEEPBIND)
+
+
+_DEEPBIND = 8  # before libcudart of PyTorch, where it is loaded
+
+
+def fault() -> str | None:
+    """The fault of a kernel, or the reason for which a launch was refused and nobody noticed."""
+    text = runtime().emulator_fault()
+    return text.decode() if text else None
+
+
+def untold_fault() -> str | None:
+    """A fault that was not raised as an exception."""
+    return None if fault() == _raised else fault()
+
+
+def leaks() -> list[str]:
+    """Memory, streams, events and graphs that were not freed, without the tensors that `to_device` and `empty` made."""
+    own = [t for t in _tensors if t.address]
+    return [
+        line
+        for line in runtime().emulator_leaks().decode().splitlines()
+        if line not in {f"{t.name}, {t.nbytes} bytes" for t in own}
+    ]
+
+
+def reset() -> None:
+    """Forget all faults and free everything: as in a new process."""
+    global _raised
+    _raised = None
+    _tensors.clear()
+    runtime().emulator_reset()
+
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(runtime().cudaGetErrorString(error).decode())
+
+
+_tensors: list["DeviceTensor"] = []  # since the last reset
+
+
+class DeviceTensor:
+    """Device memory with the shape and dtype of a tensor; in ctypes calls it is the address."""
+
+    def __init__(self, tensor: Tensor, name: str):
+        """Allocate memory for a tensor; its values are not copied."""
+        self.name, self.shape, self.dtype, self.nbytes = (
+            name,
+            tensor.shape,
+            tensor.dtype,
+            tensor.nbytes,
+        )
+        address = ctypes.c_void_p()
+        _check(runtime().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(self.nbytes)))
+        self._as_parameter_ = address
+        if address:
+            runtime().emulator_name(address, name.encode())
+        _tensors.append(self)
+
+    @property
+    def address(self) -> int:
+        return self._as_parameter_.value or 0
+
+    def copy_(self, tensor: Tensor) -> "DeviceTensor":
+        """Copy the values of a tensor of the same shape and dtype."""
+        assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype)
+        source = tensor.contiguous()
+        self._copy(self._as_parameter_, ctypes.c_void_p(source.data_ptr()), 1)
+        return self
+
+    def cpu(self) -> Tensor:
+        """Wait for the device, as cudaMemcpy does, and copy the values."""
+        result = torch.empty(self.shape, dtype=self.dtype)
+        self._copy(ctypes.c_void_p(result.data_ptr()), self._as_parameter_, 2)
+        return result
+
+    def _copy(self, to: ctypes.c_void_p, source: ctypes.c_void_p, kind: int) -> None:
+        _check(runtime().cudaMemcpy(to, source, ctypes.c_size_t(self.nbytes), kind))
+
+    def free(self) -> None:
+        _check(runtime().cudaFree(self._as_parameter_))
+
+
+def to_device(tensor: Tensor, name: str) -> DeviceTensor:
+    """A tensor's values in device memory, by this name in reports."""
+    return DeviceTensor(tensor, name).copy_(tensor)
+
+
+def empty(shape: int | Sequence[int], dtype: torch.dtype, name: str) -> DeviceTensor:
+    """Device memory that nobody wrote: to read it is a fault."""
+    return DeviceTensor(torch.empty(shape, dtype=dtype), name)

@@ -20,14 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from . import machine
 from .build import CUDA_HOME, NVCC, shared_library
 from .lowering import lower
 from .machine import Fault, Machine, Options, OptionsStruct
-from .ptx import Kernel, Unsupported, num_bytes, read_kernels
+from .ptx import Kernel, Unsupported, read_kernels
 
-__all__ = ["DeviceTensor", "Fault", "Settings", "empty", "fault", "leaks", "library", "reset", "settings", "to_device", "untold_fault"]  # fmt: skip
+__all__ = [
+    "DeviceTensor", "Fault", "Settings", "call_op", "empty", "fault", "leaks", "library", "load_ops", "reset", "settings",
+    "tensors_as_device_memory", "to_device", "untold_fault",
+]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "cudart"
 unavailable_reason = None if NVCC else "nvcc was not found: set CUDA_HOME"
@@ -172,6 +176,57 @@ def library(name: str, sources: Iterable[Path], flags: Sequence[str] = ()) -> Li
 
 
 _DEEPBIND = 8  # before libcudart of PyTorch, where it is loaded
+
+
+@functools.cache
+def _tensor_memory() -> ctypes.CDLL:
+    path = shared_library(
+        "tensors",
+        (SOURCES / "torch").glob("*.cpp"),
+        _torch_flags(),
+        link=[runtime_path(), *_torch_libraries()],
+    )
+    return ctypes.CDLL(str(path))
+
+
+def _torch_flags() -> list[str]:
+    return ["-std=c++20", *(f"-I{path}" for path in cpp_extension.include_paths())]
+
+
+def _torch_libraries() -> list[str]:
+    folder = Path(torch.__file__).parent / "lib"
+    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+@contextlib.contextmanager
+def tensors_as_device_memory() -> Iterator[None]:
+    """In the block, the CPU tensors that are made are memory that kernels may access."""
+    runtime()
+    _tensor_memory().emulator_use_tensors(True)
+    try:
+        yield
+    finally:
+        _tensor_memory().emulator_use_tensors(False)
+
+
+def load_ops(name: str, kernels: Iterable[Path], bindings: Iterable[Path]) -> None:
+    """Compile C++ that registers CUDA implementations of ops (TORCH_LIBRARY_IMPL) with the kernels they launch, and load it."""
+    runtime()
+    include = f"-I{CUDA_HOME}/include"
+    kernel_library = shared_library(f"{name}_kernels", kernels, [include], link=[runtime_path()])
+    link = [kernel_library, runtime_path(), *_torch_libraries()]
+    path = shared_library(name, bindings, [include, *_torch_flags()], link)
+    ctypes.CDLL(str(path), mode=ctypes.DEFAULT_MODE | _DEEPBIND)
+
+
+def call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the CUDA implementation of an op, such as torch.ops.leangpt.x, on CPU tensors; raises Fault."""
+    try:
+        return op.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs
+        )
+    finally:
+        _raise_fault(None, None, None)
 
 
 def fault() -> str | None:

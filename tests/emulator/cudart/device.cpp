@@ -198,8 +198,12 @@ void emulator_name(const void* device, const char* name) { name_buffer(device, n
 // Memory of the host that kernels may access, such as a CPU tensor; `name` must stay.
 void emulator_register(void* memory, size_t num_bytes, const char* name) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const std::lock_guard<std::recursive_mutex> lock(mutex);
   add_buffer({begin, begin + num_bytes, name, static_cast<std::byte*>(memory), nullptr});
 }
-void emulator_unregister(const void* memory) { remove_buffer(memory); }
+void emulator_unregister(const void* memory) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex);
+  remove_buffer(memory);
+}
 
 }  // extern "C"

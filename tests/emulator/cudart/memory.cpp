@@ -164,10 +164,9 @@ void add_buffer(const simt::Buffer& buffer) {
 }
 
 void remove_buffer(const void* address) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-  const auto found =
-      std::find_if(all.begin(), all.end(), [&](const simt::Buffer& b) { return b.begin == begin; });
-  if (found != all.end()) all.erase(found);
+  simt::Buffer* const buffer = find(address);
+  if (buffer && buffer->begin == reinterpret_cast<uintptr_t>(address))
+    all.erase(all.begin() + (buffer - all.data()));
 }
 
 void name_buffer(const void* device, const char* name) {

@@ -82,6 +82,11 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     yield case(norm, x, *parameters, config.norm_eps)
     for dropout_p, note in dropouts.items():
         yield case(f"add_{norm}", x, x, *parameters, config.norm_eps, dropout_p, note=note)
+    # as within autocast: a bfloat16 branch beside parameters and a residual stream in float32
+    stream = Empty(x.shape, torch.float32)
+    wide_parameters = [p and Empty(p.shape, torch.float32) for p in parameters]
+    arguments = (x, stream, *wide_parameters, config.norm_eps, config.dropout)
+    yield case(f"add_{norm}", *arguments, note=" autocast")
     if config.qk_norm:
         yield case("rms_norm", heads(H), Empty((D,)), config.norm_eps, note=" of heads")
 
@@ -108,6 +113,8 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     flops = linear_flops(fused_F + F, C)
     for dropout_p, note in dropouts.items():
         yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
+    arguments = (x, *weights, config.activation, stream, config.dropout)
+    yield case("mlp", *arguments, note=" autocast", flops=flops)
 
     # the gradients of the mean are computed in forward
     flops = (sum(linear_flops(V, C)), 0.0)

@@ -1,7 +1,8 @@
 """The ops of the engine: what they compute, on what; `select` says which backend runs them.
 
 Shapes: B batch, T query length, S key length, H heads, D head_dim, C n_embd, F n_inner, V vocab. Floating-point tensors
-are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Every op is
+are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Within
+`torch.autocast`, what is added to a residual may be narrower than it: sums have the wider dtype. Every op is
 differentiable in its floating-point tensors, but for `adamw_step`, `sample` and `penalize`.
 """
 

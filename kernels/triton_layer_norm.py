@@ -14,6 +14,9 @@ longer than a tile is walked through tile by tile, for each of its sums and for 
 Backward has as many programs as run at once; each takes every n-th group of rows and keeps its own part of dw and db in float32,
 and the parts are summed in a fixed order: results are the same in every run.
 
+Each tensor has its own dtype, so that a bfloat16 branch and its gradient meet a float32 stream without a pass for the cast:
+y and total are as wide as the wider of x and residual, gradients as what they are the gradients of.
+
 RMSNorm differs in two terms, `mean` and `b`, and shares all else, so its kernels are these without a `mean_ptr`; its ops are
 in triton_rms_norm.py.
 """
@@ -56,14 +59,15 @@ def _norm_fwd_kernel(
     x_rows = x_ptr + _row_offsets(rows, num_inner, stride_x_outer, stride_x_inner)
     out_offsets = rows.to(tl.int64)[:, None] * C
     total_rows = x_rows
+    if residual_ptr is not None:
+        total_rows = total_ptr + out_offsets
 
     zeros = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     total, sums = zeros, zeros  # sums of the elements; RMSNorm: of their squares
     for tile in range(NUM_TILES):
         cols = _columns(tile, BLOCK_R, BLOCK_C)
         mask = is_row & (cols < C)
-        x = tl.load(x_rows + cols, mask=mask, other=0.0)
-        total = x.to(tl.float32)
+        total = tl.load(x_rows + cols, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             seed = tl.load(seed_ptr)
             kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, BLOCK_C)
@@ -71,8 +75,7 @@ def _norm_fwd_kernel(
         if residual_ptr is not None:
             offsets = _row_offsets(rows, num_inner, stride_residual_outer, stride_residual_inner)
             total += tl.load(residual_ptr + offsets + cols, mask=mask, other=0.0).to(tl.float32)
-            total = total.to(x.dtype).to(tl.float32)  # as it is stored
-            total_rows = total_ptr + out_offsets
+            total = total.to(total_ptr.dtype.element_ty).to(tl.float32)  # as it is stored
             tl.store(total_rows + cols, total, mask=mask)
         sums += total if mean_ptr is not None else total * total
     if NUM_TILES > 1:
@@ -168,10 +171,12 @@ def _norm_bwd_kernel(
                 offsets = _row_offsets(rows, num_inner, stride_dtotal_outer, stride_dtotal_inner)
                 dtotal += tl.load(dtotal_ptr + offsets + cols, mask=mask, other=0.0).to(tl.float32)
             tl.store(dresidual_ptr + out_offsets + cols, dtotal, mask=mask)
-            if seed_ptr is not None:
-                seed = tl.load(seed_ptr)
-                kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, BLOCK_C)
-                dx = tl.where(kept, dtotal / (1.0 - dropout_p), 0.0)
+            if dx_ptr is not None:
+                dx = dtotal
+                if seed_ptr is not None:
+                    seed = tl.load(seed_ptr)
+                    kept = kept_by_dropout(seed, dropout_p, rows, tile * BLOCK_C, BLOCK_C)
+                    dx = tl.where(kept, dtotal / (1.0 - dropout_p), 0.0)
                 tl.store(dx_ptr + out_offsets + cols, dx, mask=mask)
 
             if NUM_TILES > 1:
@@ -200,7 +205,7 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-2].numel(), -1, x.shape[-1])
 
 
-def _tile(C: int, longest_block: int) -> dict[str, int]:
+def _tile(C: int, longest_block: int, itemsize: int) -> dict[str, int]:
     """Some short rows, one row, or, of rows longer than `longest_block`, a part of four."""
     block = max(triton.next_power_of_2(C), 16)
     if block > longest_block:
@@ -208,8 +213,8 @@ def _tile(C: int, longest_block: int) -> dict[str, int]:
         num_tiles = triton.cdiv(C, 1024)
         return {"BLOCK_R": 4, "BLOCK_C": 1024, "NUM_TILES": num_tiles, "num_warps": 16}
     rows = max(2048 // block, 1)
-    # 16 elements a thread: two loads of 16 bytes in flight from each tensor
-    num_warps = rows * block // (32 * 16)
+    # two loads of 16 bytes a thread in flight from each tensor
+    num_warps = rows * block * itemsize // (32 * 2 * 16)
     return {"BLOCK_R": rows, "BLOCK_C": block, "NUM_TILES": 1, "num_warps": min(num_warps, 16)}
 
 
@@ -229,21 +234,29 @@ def norm_forward(
     has_mean: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, total (None without residual), mean (None for RMSNorm) and rstd."""
-    y = x.new_empty(x.shape)
-    total = None if residual is None else x.new_empty(x.shape)
+    dtype = torch.result_type(x, x if residual is None else residual)
+    y = x.new_empty(x.shape, dtype=dtype)
+    total = None if residual is None else torch.empty_like(y)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if has_mean else None
     if x.numel():
         x = _as_rows(x)
         outer, inner, C = x.shape
         residual = None if residual is None else _as_rows(residual)
-        tile = _tile(C, 16384)
+        tile = _tile(C, 16384, y.element_size())
         _norm_fwd_kernel[(triton.cdiv(outer * inner, tile["BLOCK_R"]),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, total, mean, rstd, *x.stride()[:2], *(x if residual is None else residual).stride()[:2],
             outer * inner, inner, C, eps, dropout_p, **tile,
         )  # fmt: skip
     return y, total, mean, rstd
+
+
+def _input_gradients(x: Tensor, seed: Tensor | None, dx_dtype: torch.dtype) -> list[Tensor]:
+    dresidual = x.new_empty(x.shape)
+    if seed is None and dx_dtype == x.dtype:
+        return [dresidual]
+    return [dresidual, x.new_empty(x.shape, dtype=dx_dtype)]
 
 
 @torch.library.custom_op("leangpt_triton::norm_backward", mutates_args=())
@@ -257,16 +270,16 @@ def norm_backward(
     seed: Tensor | None,
     dropout_p: float,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dresidual, dx (empty without dropout, where it is dresidual), and dw and db as rows; x is what was normalized."""
-    dresidual = x.new_empty(x.shape)
-    dx = x.new_empty(0 if seed is None else x.shape)
+    dx_dtype: torch.dtype,
+) -> tuple[list[Tensor], Tensor]:
+    """dresidual and, where it is another tensor, dx; dw and db as rows. x is what was normalized."""
+    gradients = _input_gradients(x, seed, dx_dtype)
     if not x.numel():
-        return dresidual, dx, weight.new_zeros(1 + has_bias, len(weight))
+        return gradients, weight.new_zeros(1 + has_bias, len(weight))
     x, dy = _as_rows(x), _as_rows(dy)
     dtotal = None if dtotal is None else _as_rows(dtotal)
     outer, inner, C = x.shape
-    tile = _tile(C, 8192)
+    tile = _tile(C, 8192, x.element_size())
     # 16 warps of 128 registers a thread fill a multiprocessor: all programs run at once
     num_programs = min(
         triton.cdiv(outer * inner, tile["BLOCK_R"]), num_sms() * 16 // tile["num_warps"]
@@ -275,17 +288,17 @@ def norm_backward(
     parts = make(1 + has_bias, num_programs, C, dtype=torch.float32, device=x.device)
     _norm_bwd_kernel[(num_programs,)](
         dy, dtotal, x, weight.contiguous(), mean, rstd, seed,
-        dresidual, None if seed is None else dx, parts[0], parts[1] if has_bias else None,
+        gradients[0], gradients[1] if len(gradients) > 1 else None,
+        parts[0], parts[1] if has_bias else None,
         *dy.stride()[:2], *(dy if dtotal is None else dtotal).stride()[:2], *x.stride()[:2],
         outer * inner, inner, C, dropout_p, **tile, maxnreg=128,
     )  # fmt: skip
-    return dresidual, dx, parts.sum(1).to(weight.dtype)
+    return gradients, parts.sum(1).to(weight.dtype)
 
 
 @norm_backward.register_fake
-def _(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, has_bias):
-    dx = x.new_empty(0 if seed is None else x.shape)
-    return x.new_empty(x.shape), dx, weight.new_empty(1 + has_bias, len(weight))
+def _(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, has_bias, dx_dtype):
+    return _input_gradients(x, seed, dx_dtype), weight.new_empty(1 + has_bias, len(weight))
 
 
 @torch.library.custom_op("leangpt_triton::layer_norm", mutates_args=())
@@ -314,8 +327,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if dy is None:
         return None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
-    dx, _, (dweight, *dbias) = norm_backward(
-        dy, None, x, weight, mean, rstd, None, 0.0, ctx.has_bias
+    (dx,), (dweight, *dbias) = norm_backward(
+        dy, None, x, weight, mean, rstd, None, 0.0, ctx.has_bias, x.dtype
     )
     return dx, dweight, dbias[0] if dbias else None, None
 
@@ -342,14 +355,16 @@ def _add_layer_norm(
 
 @_add_layer_norm.register_fake
 def _(x, residual, weight, bias, seed, eps, dropout_p):
+    y = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), mean, torch.empty_like(mean)
+    return y, torch.empty_like(y), mean, torch.empty_like(mean)
 
 
 def _save_for_add_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, bias, seed, _, ctx.dropout_p = inputs
+    x, _, weight, bias, seed, _, ctx.dropout_p = inputs
     ctx.save_for_backward(weight, seed, *output[1:])
     ctx.has_bias = bias is not None
+    ctx.dx_dtype = x.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -359,11 +374,10 @@ def _add_backward(
     weight, seed, total, mean, rstd = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(total)
-    dresidual, dx, (dweight, *dbias) = norm_backward(
-        dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.has_bias
+    gradients, (dweight, *dbias) = norm_backward(
+        dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.has_bias, ctx.dx_dtype
     )
-    if seed is None:
-        dx = dresidual
+    dx, dresidual = gradients[-1], gradients[0]
     return dx, dresidual, dweight, dbias[0] if dbias else None, None, None, None
 
 

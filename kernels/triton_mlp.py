@@ -16,7 +16,8 @@ Of what lies between the products, h alone is kept for backward, and only where 
 d w_out has to read h; with act'(h) it computes act(h), and writes a next to dh. To keep a as well would save that write, 1
 of 9 passes over (M, F) in forward and backward, and would hold (M, F) more for every layer from forward to backward. The
 same epilogue sums the columns of its tile of dh; the partial sums are added in a fixed order, which saves db_in a pass
-over dh. With dropout, d is formed once for its three readers. The other products stand alone: they are the library's.
+over dh. With dropout, or where the residual stream is wider than the products, d is formed once for its three readers. The
+other products stand alone: they are the library's.
 """
 
 from typing import Any
@@ -140,7 +141,8 @@ def _mlp(
 
 @_mlp.register_fake
 def _(x, w_in, b_in, w_out, b_out, residual, seed, activation, dropout_p, needs_h):
-    out = x.new_empty(x.shape[0], w_out.shape[0])
+    dtype = torch.result_type(x, x if residual is None else residual)
+    out = x.new_empty(x.shape[0], w_out.shape[0], dtype=dtype)
     return out, x.new_empty(x.shape[0] if needs_h else 0, w_in.shape[0])
 
 
@@ -174,9 +176,9 @@ def _(d, w_out, h, activation, needs_db):
 
 
 @torch.library.custom_op("leangpt_triton::mlp_dropout_backward", mutates_args=())
-def _dropout_backward(dout: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+def _dropout_backward(dout: Tensor, seed: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
     M, N = dout.shape
-    d = dout.new_empty(M, N)
+    d = dout.new_empty(M, N, dtype=dtype)
     if d.numel() > 0:
         # 4 warps of 32 x 128: each thread has 16 bytes of 16-bit numbers in a row, several of them in flight
         grid = (triton.cdiv(M, 32) * triton.cdiv(N, 128),)
@@ -187,8 +189,8 @@ def _dropout_backward(dout: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 
 
 @_dropout_backward.register_fake
-def _(dout, seed, dropout_p):
-    return dout.new_empty(dout.shape)
+def _(dout, seed, dropout_p, dtype):
+    return dout.new_empty(dout.shape, dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -202,7 +204,7 @@ def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dw_in, needs_db_in, needs_dw_out, needs_db_out, needs_dresidual, *_ = (
         ctx.needs_input_grad
     )
-    d = dout if seed is None else _dropout_backward(dout, seed, ctx.dropout_p)
+    d = dout.to(x.dtype) if seed is None else _dropout_backward(dout, seed, ctx.dropout_p, x.dtype)
     dx = dw_in = db_in = dw_out = None
     if needs_dx or needs_dw_in or needs_db_in or needs_dw_out:
         dh, a, db = _mlp_backward(d, w_out, h, ctx.activation, needs_db_in)

@@ -3,8 +3,8 @@
 Every op is a `torch.library.custom_op` with a fake implementation and autograd, so that torch.compile, export and
 FakeTensor see one node; what it computes is written in ops.py.
 
-Within `torch.autocast` the ops do what torch's own do: products run in the dtype of autocast, and norms in the widest of their
-tensors, so that the residual stream stays in float32 where the parameters are.
+Within `torch.autocast` the ops do what torch's own do: products run in its dtype. Norms and the residual stream keep theirs:
+float32 where the parameters are.
 """
 
 import functools
@@ -20,14 +20,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from . import (
     triton_attention,
-    triton_layer_norm,
     triton_linear,
     triton_linear_cross_entropy,
     triton_mlp,
-    triton_rms_norm,
 )
 from .triton_adamw import adamw_step
 from .triton_embedding import embedding
+from .triton_layer_norm import add_layer_norm, layer_norm
+from .triton_rms_norm import add_rms_norm, rms_norm
 from .triton_rotary import rotary, rotary_qkv
 from .triton_sampling import sample
 
@@ -52,25 +52,10 @@ def _product(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
-    """In the widest dtype of its tensors."""
-
-    @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        dtypes = [a.dtype for a in arguments if isinstance(a, Tensor)]
-        return function(*_cast(arguments, functools.reduce(torch.promote_types, dtypes)))
-
-    return run
-
-
 attention = _product(triton_attention.attention)
 attention_varlen = _product(triton_attention.attention_varlen)
 linear = _product(triton_linear.linear)
 linear_cross_entropy = _product(triton_linear_cross_entropy.linear_cross_entropy)
-layer_norm = _norm(triton_layer_norm.layer_norm)
-add_layer_norm = _norm(triton_layer_norm.add_layer_norm)
-rms_norm = _norm(triton_rms_norm.rms_norm)
-add_rms_norm = _norm(triton_rms_norm.add_rms_norm)
 
 
 def mlp(
@@ -83,14 +68,10 @@ def mlp(
     residual: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    run = _product(triton_mlp.mlp)
-    device = x.device.type
-    is_wider = residual is not None and (
-        torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
-    )
-    if residual is not None and is_wider:  # its sum is not to be rounded
-        return residual + run(x, w_in, b_in, w_out, b_out, activation, None, dropout_p)
-    return run(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
+    def product(*tensors: Any) -> Tensor:
+        return triton_mlp.mlp(*tensors, activation, residual, dropout_p)
+
+    return _product(product)(x, w_in, b_in, w_out, b_out)
 
 
 __all__: list[str] = [

@@ -41,7 +41,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     if dy is None:
         return None, None, None
     x, weight, rstd = ctx.saved_tensors
-    dx, _, (dweight,) = norm_backward(dy, None, x, weight, None, rstd, None, 0.0, False)
+    (dx,), (dweight,) = norm_backward(dy, None, x, weight, None, rstd, None, 0.0, False, x.dtype)
     return dx, dweight, None
 
 
@@ -61,13 +61,14 @@ def _add_rms_norm(
 
 @_add_rms_norm.register_fake
 def _(x, residual, weight, seed, eps, dropout_p):
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+    y = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
+    return y, torch.empty_like(y), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _save_for_add_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, seed, _, ctx.dropout_p = inputs
+    x, _, weight, seed, _, ctx.dropout_p = inputs
     ctx.save_for_backward(weight, seed, *output[1:])
+    ctx.dx_dtype = x.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -77,10 +78,11 @@ def _add_backward(
     weight, seed, total, rstd = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(total)
-    dresidual, dx, (dweight,) = norm_backward(
-        dy, dtotal, total, weight, None, rstd, seed, ctx.dropout_p, False
+    gradients, (dweight,) = norm_backward(
+        dy, dtotal, total, weight, None, rstd, seed, ctx.dropout_p, False, ctx.dx_dtype
     )
-    return dx if seed is not None else dresidual, dresidual, dweight, None, None, None
+    dx, dresidual = gradients[-1], gradients[0]
+    return dx, dresidual, dweight, None, None, None
 
 
 _add_rms_norm.register_autograd(_add_backward, setup_context=_save_for_add_backward)

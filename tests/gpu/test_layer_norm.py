@@ -42,6 +42,22 @@ def test_dtypes(dtype, device):
         check_op(lambda *t: ops.add_layer_norm(*t, eps=1e-3), inputs, "triton")
 
 
+BRANCH_AND_STREAM = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 64), (3, 37), (2, 16400)], ids=str)
+@pytest.mark.parametrize(("branch", "stream"), BRANCH_AND_STREAM, ids=str)
+def test_branch_and_stream_of_two_dtypes(branch, stream, shape, device):
+    """As within autocast: the sum has the wider dtype, gradients have their tensors'."""
+    x, residual, weight, bias = make_inputs(*shape, dtype=torch.float32, device=device)
+    tensors = [x.to(branch), residual.to(stream), weight, bias]
+    check_op(lambda *t: ops.add_layer_norm(*t), tensors, "triton")
+
+
 @pytest.mark.parametrize("C", [768, 8192, 16400])
 def test_configurations(C, device):
     """Two rows in a tile, one row in the largest tile, and rows longer than a tile, more than fit into a program's tile."""
@@ -72,14 +88,16 @@ def test_gradient_of_one_output(device):
     check_op(lambda *t: ops.add_layer_norm(*t, weight.to(t[0]))[1], [x, residual], "triton")
 
 
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(5, 7, 64), (3, 37)], ids=str)
-def test_dropout(shape, device):
+def test_dropout(shape, stream, device):
     """The mask of a seed, read off the sum, is the mask of the same seed in forward and backward."""
-    x, residual, weight, bias = make_inputs(*shape, device=device)
+    x, *others = make_inputs(*shape, dtype=stream, device=device)
+    x = x.bfloat16()
     with use_backend("triton"):
         torch.manual_seed(3)
         ones, zeros = torch.ones_like(x), torch.zeros_like(x)
-        kept = ops.add_layer_norm(ones, zeros, weight, bias, dropout_p=0.25)[1] > 0
+        kept = ops.add_layer_norm(ones, zeros, *others[1:], dropout_p=0.25)[1] > 0
 
     def call(x, *others):
         if dispatch.forced_backend() == "reference":
@@ -87,7 +105,7 @@ def test_dropout(shape, device):
         torch.manual_seed(3)
         return ops.add_layer_norm(x, *others, dropout_p=0.25)
 
-    check_op(call, [x, residual, weight, bias], "triton")
+    check_op(call, [x, *others], "triton")
 
 
 def test_dropout_is_random(device):
@@ -127,8 +145,12 @@ def test_opcheck(device):
         torch.library.opcheck(triton_layer_norm._add_layer_norm, (x, residual, weight, *arguments))
     mean = torch.randn(3, 5, device=device)
     arguments = (x.detach(), None, x.detach(), weight.detach(), mean, mean.exp())
-    torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, None, 0.0, True))
-    torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, seed, 0.5, True))
+    for options in (
+        (None, 0.0, True, x.dtype),
+        (seed, 0.5, True, x.dtype),
+        (None, 0.0, True, torch.float32),
+    ):
+        torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, *options))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -156,10 +178,19 @@ def test_fake_tensors_on_cuda():
         weight = torch.empty(40, dtype=torch.bfloat16, device="cuda")
         y, total = ops.add_layer_norm(x, x, weight, dropout_p=0.1)
         mean = torch.empty(2, 3, device="cuda")
-        arguments = (y, total, x, weight, mean, mean, None, 0.0, True)
-        dresidual, _, dweights = triton_layer_norm.norm_backward(*arguments)
+        arguments = (y, total, x, weight, mean, mean, None, 0.0, True, x.dtype)
+        (dresidual,), dweights = triton_layer_norm.norm_backward(*arguments)
         outputs = (y, total, ops.layer_norm(x, weight, weight), dresidual)
+        # a float32 stream
+        wide = triton_layer_norm.norm_backward(y, None, total.float(), *arguments[3:])
+        sums = ops.add_layer_norm(x, x.float(), weight)
     for out in outputs:
         assert out.device.type == "cuda" and out.dtype == torch.bfloat16
         assert out.shape == (2, 3, 40)
+    assert [t.dtype for t in (*wide[0], *sums)] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
     assert dweights.shape == (2, 40) and dweights.is_cuda

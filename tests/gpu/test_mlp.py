@@ -178,7 +178,7 @@ def dropout_mask(M: int, C: int, dropout_p: float, device: str) -> Tensor:
     """0 or 1 / (1 - p): what backward makes of ones, with the seed that torch's generator gives next."""
     seed = triton_dropout.dropout_seed(torch.empty(0, device=device), dropout_p)
     ones = torch.ones(M, C, device=device)
-    return torch.ops.leangpt_triton.mlp_dropout_backward(ones, seed, dropout_p)
+    return torch.ops.leangpt_triton.mlp_dropout_backward(ones, seed, dropout_p, ones.dtype)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,28 @@ def test_dropout(shape, dtype, activation, device):
         return residual + mask.to(x.dtype) * call(activation)(x, w_in, b_in, w_out, b_out, None)
 
     check_op(dropped, make(shape, dtype, activation, device), "triton")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [ALIGNED, ODD], ids=str)
+def test_autocast(shape, dropout_p, device):
+    """Float32 tensors, products in bfloat16, and a residual that is added without being rounded."""
+    torch.manual_seed(3)
+    mask = dropout_mask(shape[0], shape[1], dropout_p, device) if dropout_p else None
+
+    def dropped(x, w_in, b_in, w_out, b_out, residual):
+        weights = (w_in, b_in, w_out, b_out)
+        with torch.autocast(device, torch.bfloat16):
+            if mask is None or dispatch.forced_backend() == "triton":
+                torch.manual_seed(3)
+                return call("gelu_tanh", dropout_p)(x, *weights, residual)
+            return residual + mask * call("gelu_tanh")(x, *weights, None)
+
+    tensors = make(shape, FP32, "gelu_tanh", device)
+    check_op(dropped, tensors, "triton")
+    with use_backend("triton"), torch.autocast(device, torch.bfloat16):
+        out = call("gelu_tanh", 1.0)(*tensors)
+    assert out.dtype == FP32 and torch.equal(out, tensors[-1])
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
@@ -265,11 +287,14 @@ def test_opcheck(activation, device):
     ops_ = torch.ops.leangpt_triton
     torch.library.opcheck(ops_.mlp, (*tensors, seed, activation, 0.5, True))
     torch.library.opcheck(ops_.mlp, (*tensors, None, activation, 0.0, True))
+    wide_residual = residual.detach().float().requires_grad_()
+    arguments = (*tensors[:-1], wide_residual, seed, activation, 0.5, True)
+    torch.library.opcheck(ops_.mlp, arguments)
     h = F.linear(x, w_in, b_in).detach()
     for needs_db in (True, False):
         arguments = (residual.detach(), w_out.detach(), h, activation, needs_db)
         torch.library.opcheck(ops_.mlp_backward, arguments)
-    torch.library.opcheck(ops_.mlp_dropout_backward, (residual.detach(), seed, 0.5))
+    torch.library.opcheck(ops_.mlp_dropout_backward, (residual.detach(), seed, 0.5, FP32))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -298,7 +323,7 @@ def test_fake_tensors():
         x, w_in, b_in, w_out, b_out, residual = make(ALIGNED, BF16, "swiglu", "cuda")
         out = call("swiglu", 0.1)(x, w_in, b_in, w_out, b_out, residual)
         seed = torch.empty(1, dtype=torch.int64, device="cuda")
-        d = torch.ops.leangpt_triton.mlp_dropout_backward(out, seed, 0.1)
+        d = torch.ops.leangpt_triton.mlp_dropout_backward(out, seed, 0.1, BF16)
         h = F.linear(x, w_in)
         dh, a, db_in = torch.ops.leangpt_triton.mlp_backward(d, w_out, h, "swiglu", True)
     shapes = [x.shape, x.shape, h.shape, (133, 112), b_in.shape]

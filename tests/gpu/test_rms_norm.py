@@ -43,6 +43,13 @@ def test_dtypes(dtype, device):
         check_op(lambda *t: ops.rms_norm(*t, eps=1e-3), [x, weight], "triton")
 
 
+def test_branch_and_stream_of_two_dtypes(device):
+    """As within autocast; a norm alone has the dtype of x whatever its weight's."""
+    x, residual, weight = make_inputs(5, 7, 64, dtype=torch.float32, device=device)
+    check_op(lambda *t: ops.add_rms_norm(*t), [x.bfloat16(), residual, weight], "triton")
+    check_op(lambda *t: ops.rms_norm(*t), [x.bfloat16(), weight], "triton")
+
+
 def test_rows_longer_than_a_tile(device):
     x, residual, weight = make_inputs(5, 16400, device=device)
     check_op(lambda *t: ops.add_rms_norm(*t), [x, residual, weight], "triton")
@@ -95,7 +102,7 @@ def test_opcheck(device):
     for arguments in ((None, 1e-5, 0.0), (seed, 1e-5, 0.5)):
         torch.library.opcheck(triton_rms_norm._add_rms_norm, (x, residual, weight, *arguments))
     arguments = (x.detach(), None, x.detach(), weight.detach(), None, x.detach()[..., 0].float())
-    torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, None, 0.0, False))
+    torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, None, 0.0, False, x.dtype))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,6 +1,7 @@
-"""The CPU decode engine (csrc/engine.cpp) behind ctypes and numpy: it needs no torch.
+"""The decode engines, for CPUs (csrc/engine.cpp) and for CUDA (csrc/engine_cuda.cpp), behind ctypes and numpy: no torch is needed.
 
-The structures are the twins of those in csrc/cpu/kernels.h, model.h, decoder.h and sampling.h. Calls release the GIL.
+The structures are the twins of those in csrc/matrix.h, model.h, batch.h and draw.h. Calls release the GIL. Both libraries have the
+functions of csrc/engine-inl.h; packing is the CPU engine's.
 """
 
 import ctypes
@@ -99,6 +100,7 @@ class CacheFullError(RuntimeError):
 
 
 _PATH = Path(__file__).with_name("_engine.so")
+_CUDA_PATH = Path(__file__).with_name("_engine_cuda.so")
 unavailable_reason = (
     None
     if _PATH.exists()
@@ -117,16 +119,8 @@ def library() -> ctypes.CDLL:
     if unavailable_reason:
         raise RuntimeError(f"the native decode engine is {unavailable_reason}")
     lib = ctypes.CDLL(str(_PATH))
-    lib.leangpt_error.restype = ctypes.c_char_p
+    _declare_decoder(lib)
     lib.leangpt_packed_bytes.restype = None
-    lib.leangpt_add_sequence.restype = c_int64
-    lib.leangpt_free_blocks.restype = c_int32
-    for name in ("leangpt_add_sequence", "leangpt_free_blocks", "leangpt_decoder_delete"):
-        getattr(lib, name).argtypes = [c_void_p]
-    for name in ("leangpt_fork", "leangpt_truncate", "leangpt_drop"):
-        getattr(lib, name).argtypes = [c_void_p, c_int64]
-    lib.leangpt_fork.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
-    lib.leangpt_truncate.argtypes = [c_void_p, c_int64, c_int64]
     lib.leangpt_read_memory.argtypes = [c_void_p, c_int64]
     lib.leangpt_multiply_registers.argtypes = [c_int, c_int64]
     lib.leangpt_multiply_registers.restype = c_double
@@ -135,29 +129,78 @@ def library() -> ctypes.CDLL:
     lib.leangpt_unpack_row.argtypes = [POINTER(Matrix), c_int, c_void_p]
     lib.leangpt_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p]
     lib.leangpt_decoder_new.argtypes = [POINTER(Model), c_int, c_int32, POINTER(c_void_p)]
-    for name in ("leangpt_hidden", "leangpt_logits"):
-        getattr(lib, name).argtypes = [c_void_p, POINTER(Batch), c_void_p]
-    lib.leangpt_logprobs.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p]
-    lib.leangpt_sample.argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p]
     lib.leangpt_draw.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
-    _check(lib, lib.leangpt_isa(byref(ctypes.c_char_p())))
+    check(lib.leangpt_isa(byref(ctypes.c_char_p())), lib)
     threads = os.environ.get("LEANGPT_THREADS")
     if threads is not None:
         if not threads.isdecimal() or int(threads) < 1:
             raise ValueError(f"LEANGPT_THREADS must be a positive number, got {threads!r}")
-        _check(lib, lib.leangpt_set_threads(int(threads)))
+        check(lib.leangpt_set_threads(int(threads)), lib)
     return lib
 
 
-def _check(lib: ctypes.CDLL, status: int) -> None:
+def _declare_decoder(lib: ctypes.CDLL) -> None:
+    """The functions of csrc/engine-inl.h."""
+    lib.leangpt_error.restype = ctypes.c_char_p
+    lib.leangpt_add_sequence.restype = c_int64
+    lib.leangpt_free_blocks.restype = c_int32
+    for name in ("leangpt_add_sequence", "leangpt_free_blocks", "leangpt_decoder_delete"):
+        getattr(lib, name).argtypes = [c_void_p]
+    lib.leangpt_fork.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
+    lib.leangpt_truncate.argtypes = [c_void_p, c_int64, c_int64]
+    lib.leangpt_drop.argtypes = [c_void_p, c_int64]
+    for name in ("leangpt_hidden", "leangpt_logits"):
+        getattr(lib, name).argtypes = [c_void_p, POINTER(Batch), c_void_p]
+    for name in ("leangpt_logprobs", "leangpt_sample"):
+        getattr(lib, name).argtypes = [c_void_p, POINTER(Batch), c_void_p, c_void_p]
+
+
+@cache
+def cuda_library() -> ctypes.CDLL:
+    """The loaded CUDA engine; that there is a GPU is another question, see `cuda_obstacle`.
+
+    Raises:
+        RuntimeError: it was not built.
+    """
+    if not _CUDA_PATH.exists():
+        raise RuntimeError(
+            "the CUDA decode engine is not built: install the CUDA toolkit (nvcc 12.8 or later), then run `LEANGPT_CUDA=1 make "
+            "build` or reinstall leangpt"
+        )
+    lib = ctypes.CDLL(str(_CUDA_PATH))
+    declare_cuda(lib)
+    return lib
+
+
+def declare_cuda(lib: ctypes.CDLL) -> None:
+    """The functions of csrc/engine_cuda.cpp."""
+    _declare_decoder(lib)
+    lib.leangpt_check_device.argtypes = [c_int]
+    lib.leangpt_cache_memory.argtypes = [
+        *(POINTER(ModelConfig), c_int, c_int),
+        *(POINTER(c_int64), POINTER(c_int64)),
+    ]
+    lib.leangpt_decoder_new.argtypes = [
+        *(POINTER(Model), c_int, c_int32, c_int, c_int),
+        POINTER(c_void_p),
+    ]
+
+
+def cuda_obstacle(device: int = 0) -> str | None:
+    """Why the CUDA engine does not run on the GPU of that number, or None where it does."""
+    try:
+        lib = cuda_library()
+        check(lib.leangpt_check_device(device), lib)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def check(status: int, lib: ctypes.CDLL | None = None) -> None:
+    """Raise the error that a call to an engine (None: that of the CPU) reported, if it did."""
     if status:
         kind = {1: ValueError, 2: CacheFullError}.get(status, RuntimeError)
-        raise kind(lib.leangpt_error().decode())
-
-
-def check(status: int) -> None:
-    """Raise the error that a call to the engine reported, if it did."""
-    _check(library(), status)
+        raise kind((lib or library()).leangpt_error().decode())
 
 
 def cpu_isa() -> str | None:

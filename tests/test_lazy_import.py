@@ -95,11 +95,9 @@ assert main(["generate", "x", "--model", sys.argv[1], "--max-new-tokens", "4", "
         [completion] = Generator.from_pretrained(str(folder)).generate("x", params)
         assert run(program, str(folder)) == f"x{completion.text}\n"
 
-    @pytest.mark.parametrize(
-        "options", [{"format": "int8"}, {"dtype": "float32"}, {"device": "cuda"}], ids=str
-    )
+    @pytest.mark.parametrize("options", [{"format": "int8"}, {"dtype": "float32"}], ids=str)
     def test_a_packed_file_is_what_it_is(self, folder, options):
-        with pytest.raises(ValueError, match="is packed, for the CPU and in a format of its own"):
+        with pytest.raises(ValueError, match="is packed in a format of its own"):
             Generator.from_pretrained(str(folder / "model.leangpt"), **options)
         with pytest.raises(FileNotFoundError, match="must be a model"):  # there is nothing else
             Generator.from_pretrained(str(folder), **options)

@@ -33,7 +33,7 @@ const ModelConfig& checked(const Model& model, KvKind kv_kind, int device) {
 
 void check_device(int device) {
   int count = 0;
-  check(cudaGetDeviceCount(&count), "looking for GPUs");
+  check(cudaGetDeviceCount(&count), "there is no GPU to decode on");
   if (device < 0 || device >= count) {
     throw std::invalid_argument("there is no device cuda:" + text(device) + ", of " + text(count));
   }
@@ -154,6 +154,8 @@ void Decoder::reserve() {
   has_moved |= qkv_.reserve(N * qkv_stride() * floats);
   has_moved |= queries_.reserve(N * attended_stride() * halves);
   has_moved |= attended_.reserve(N * attended_stride() * halves);
+  has_moved |= rotations_.reserve(model_.frequencies ? N * config_.head_dim * floats : 0);
+  has_moved |= normed_.reserve(std::max(N, outputs) * widths[0] * halves);
   has_moved |= inner_.reserve(N * stride_of(config_.n_inner) * halves);
   has_moved |= outputs_.reserve(outputs * std::max(widths[0], widths[1]) * floats);
   has_moved |= scratch_.reserve(scratch_bytes);
@@ -170,22 +172,27 @@ void Decoder::launch_blocks() {
   const StepRows rows = step_.rows();
 
   const auto normed = [&](const float* weight, const float* bias) {
-    return LinearInput{x, nullptr, C, nullptr, norm(weight, bias)};
+    return LinearInput{x, nullptr, C, nullptr, norm(weight, bias), normed_.at<uint16_t>()};
   };
   const auto add_product = [&](const uint16_t* in, int64_t stride, const Matrix& w) {
-    linear_decode(w, {nullptr, in, stride, nullptr, {}},
+    linear_decode(w, {nullptr, in, stride, nullptr, {}, nullptr},
                   {nullptr, x, nullptr, C, Activation::kNone}, N, stream_);
   };
 
   embed(model_.embedding, model_.positions, round_up(config_.n_embd, kLanes), step_.tokens(),
         step_.positions(), x, C, N, stream_);
+  const float* rotations = model_.frequencies ? rotations_.at<float>() : nullptr;
+  if (rotations) {
+    rotary_angles(step_.positions(), model_.frequencies, model_.rope_magnitude, config_.head_dim,
+                  rotations_.at<float>(), N, stream_);
+  }
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Layer& l = layers_[layer];
     const KvLayer pages = kv_layer(layer);
     linear_decode(l.qkv, normed(l.norm_1_weight, l.norm_1_bias),
                   {qkv, nullptr, nullptr, qkv_stride(), Activation::kNone}, N, stream_);
-    append_kv({qkv, qkv_stride(), l.q_norm, l.k_norm, config_.norm_eps, model_.frequencies,
-               model_.rope_magnitude, queries_.at<uint16_t>(), attended_stride()},
+    append_kv({qkv, qkv_stride(), l.q_norm, l.k_norm, config_.norm_eps, rotations,
+               queries_.at<uint16_t>(), attended_stride()},
               heads(), rows, pages, stream_);
     attention_decode({queries_.at<uint16_t>(), attended, attended_stride(), step_.tiles(),
                       step_.shape().num_tiles, step_.shape().max_keys, config_.sliding_window,
@@ -210,7 +217,7 @@ void Decoder::launch_output(int first, int count) {
     normalize(x, C, rows, norm_f, config_.n_embd, out, C, count, stream_);
     return;
   }
-  linear_decode(model_.head, {x, nullptr, C, rows, norm_f},
+  linear_decode(model_.head, {x, nullptr, C, rows, norm_f, normed_.at<uint16_t>()},
                 {out, nullptr, nullptr, V, Activation::kNone}, count, stream_);
   if (output == Output::kLogprobs) {
     log_probs(out, V, config_.vocab_size, step_.targets() + first, step_.logprobs() + first, count,

@@ -87,7 +87,8 @@ class Decoder {
 
   Stream stream_;
   Step step_;
-  DeviceBuffer stream_rows_, qkv_, queries_, attended_, inner_, outputs_, scratch_;
+  DeviceBuffer stream_rows_, normed_, rotations_, qkv_, queries_, attended_, inner_, outputs_,
+      scratch_;
   std::map<StepShape, cudaGraphExec_t> graphs_;  // null: met once, and not captured yet
 };
 

@@ -1,4 +1,4 @@
-"""The decoder on the native CPU engine (csrc/cpu): weights packed once, one call into C++ for each step.
+"""The decoder on the native CPU engine (csrc/cpu): weights packed once, one call into C++ for each step. cuda_decoder.py is the same on GPUs.
 
 The logits of a sequence have the same bits whatever else is in the batch, however its prompt was cut into steps, and with any
 number of threads.
@@ -6,9 +6,10 @@ number of threads.
 
 import os
 from collections.abc import Sequence
-from ctypes import byref, c_int64, c_void_p
+from ctypes import CDLL, byref, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import numpy as np
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_DIM = 512
 _MAX_INPUTS = 65536  # of a matrix: sums of more 8-bit products might not fit an int32
-_KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # by the dtype of the cache
-_KV_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}  # by weights
+_KV_DTYPES = ("float32", "bfloat16", "int8")  # as KvKind numbers them
+_KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _DEFAULT_SEQUENCES = 64  # full ones that the cache has room for, memory permitting
 
 
@@ -57,28 +58,51 @@ class NativeDecoder:
             int8 for int4 ones.
     """
 
+    # of the cache, by the kind of the weights
+    _default_kv_dtypes: ClassVar = MappingProxyType(
+        {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}
+    )
+
     def __init__(
         self, packed: PackedModel, num_blocks: int | None = None, kv_dtype: str | None = None
     ) -> None:
-        lib = decode.library()
         self.packed = packed
-        self.kv_dtype = kv_dtype or _KV_DTYPES[packed.format.kind]
-        if self.kv_dtype not in _KV_BYTES:
-            raise ValueError(f"kv_dtype must be one of {', '.join(_KV_BYTES)}, got {kv_dtype!r}")
+        self._lib = self._load()
+        self._model = packed.model()
+        self._handle: c_void_p | None = None
+        self.kv_dtype = kv_dtype or self._default_kv_dtypes[packed.format.kind]
+        known = [name for name in _KV_DTYPES if name in self._default_kv_dtypes.values()]
+        if self.kv_dtype not in known:
+            raise ValueError(f"kv_dtype must be one of {', '.join(known)}, got {kv_dtype!r}")
+        kv_kind = _KV_DTYPES.index(self.kv_dtype)
         if num_blocks is None:
-            num_blocks = self._default_blocks()
+            num_blocks = self._default_blocks(kv_kind)
         if not 1 <= num_blocks < 2**31:
             raise ValueError(f"num_blocks must be positive and below 2**31, got {num_blocks}")
         self._num_blocks = num_blocks
-        self._model = packed.model()
-        self._handle: c_void_p | None = None
         handle = c_void_p()
-        kv_kind = list(_KV_BYTES).index(self.kv_dtype)
-        decode.check(
-            lib.leangpt_decoder_new(byref(self._model), kv_kind, num_blocks, byref(handle))
-        )
+        self._check(self._create(kv_kind, handle))
         self._handle = handle
-        self._lib = lib
+
+    def _load(self) -> CDLL:
+        return decode.library()
+
+    def _create(self, kv_kind: int, handle: c_void_p) -> int:
+        """Start the engine's decoder; its status."""
+        return self._lib.leangpt_decoder_new(
+            byref(self._model), kv_kind, self._num_blocks, byref(handle)
+        )
+
+    def _default_blocks(self, kv_kind: int) -> int:
+        config = self.config
+        width = -(-config.head_size // decode.LANES) * decode.LANES
+        values = 2 * config.n_layer * config.kv_heads * width * self.kv_block_size
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        affordable = memory // 4 // (values * _KV_BYTES[self.kv_dtype])
+        return max(1, min(self._wanted_blocks(), affordable))
+
+    def _wanted_blocks(self) -> int:
+        return _DEFAULT_SEQUENCES * -(-self.config.max_seq_len // self.kv_block_size)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -128,14 +152,14 @@ class NativeDecoder:
 
     def fork(self, sequence: int) -> int:
         copy = c_int64()
-        decode.check(self._lib.leangpt_fork(self._handle, sequence, byref(copy)))
+        self._check(self._lib.leangpt_fork(self._handle, sequence, byref(copy)))
         return copy.value
 
     def truncate(self, sequence: int, length: int) -> None:
-        decode.check(self._lib.leangpt_truncate(self._handle, sequence, length))
+        self._check(self._lib.leangpt_truncate(self._handle, sequence, length))
 
     def drop(self, sequence: int) -> None:
-        decode.check(self._lib.leangpt_drop(self._handle, sequence))
+        self._check(self._lib.leangpt_drop(self._handle, sequence))
 
     def forward(
         self,
@@ -197,19 +221,9 @@ class NativeDecoder:
 
     def _check(self, status: int) -> None:
         try:
-            decode.check(status)
+            decode.check(status, self._lib)
         except decode.CacheFullError as error:
             raise CacheFull(str(error)) from None
-
-    def _default_blocks(self) -> int:
-        config = self.config
-        block_size = decode.library().leangpt_kv_block_size()
-        element_bytes = _KV_BYTES[self.kv_dtype]
-        width = -(-config.head_size // decode.LANES) * decode.LANES
-        block_bytes = 2 * config.n_layer * config.kv_heads * width * block_size * element_bytes
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        wanted = _DEFAULT_SEQUENCES * -(-config.max_seq_len // block_size)
-        return max(1, min(wanted, memory // 4 // block_bytes))
 
 
 def pack_model(model: "GPT", format: str) -> PackedModel:

@@ -13,6 +13,16 @@ parameters stay, and a model without additions runs as before.
 """
 
 from .base import Adapted, Method, base_hash
+from .peft_files import load_peft, save_peft
 from .storage import METHODS, create, load
 
-__all__ = ["METHODS", "Adapted", "Method", "base_hash", "create", "load"]
+__all__ = [
+    "METHODS",
+    "Adapted",
+    "Method",
+    "base_hash",
+    "create",
+    "load",
+    "load_peft",
+    "save_peft",
+]

@@ -66,13 +66,12 @@ class AdaptedSingularProducts(AdaptedProducts):
         self.step += 1
         if self.max_steps is None:
             return
+        first = self.method.warmup_steps(self.max_steps)
         last = self.max_steps - self.method.cooldown_steps(self.max_steps)
-        if self.step <= last:
+        if self.step < last:
             self._update_importance()
-        is_due = self.step % self.method.interval == 0 and self.step > self.method.warmup_steps(
-            self.max_steps
-        )
-        if self.step == last or (is_due and self.step < last):
+        is_due = first < self.step < last and self.step % self.method.interval == 0
+        if is_due or self.step == last:
             self._allocate(self.method.budget(self.step, self.max_steps, len(self.is_kept)))
         if self.step >= last:
             for name, delta in self._products():

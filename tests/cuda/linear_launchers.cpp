@@ -1,27 +1,9 @@
 // The launchers of products, norms and the embedding, for ctypes: what they throw is returned.
-#include <stdexcept>
-#include <string>
-
 #include "../../csrc/cuda/kernels.h"
+#include "message_of.h"
 
 using namespace leangpt;
 using namespace leangpt::cuda;
-
-namespace {
-
-template <class F>
-const char* message_of(const F& f) {
-  static std::string message;
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -3,17 +3,16 @@
 
 #include "launch.h"
 #include "normalize.cuh"
-#include "ptx.cuh"
 
 namespace leangpt::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 
-__device__ void store(float* out, const float4& v) { *reinterpret_cast<float4*>(out) = v; }
+__device__ void store(float* out, const Four& v) { *reinterpret_cast<Four*>(out) = v; }
 
-__device__ void store(uint16_t* out, const float4& v) {
-  *reinterpret_cast<uint2*>(out) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
+__device__ void store(uint16_t* out, const Four& v) {
+  *reinterpret_cast<uint2*>(out) = round_four(v);
 }
 
 template <class T>
@@ -25,7 +24,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (row >= num_rows) return;
   const int64_t source = row_of ? row_of[row] : row;
   normalize_row(x + source * stride, norm, width,
-                [&](int column, const float4& v) { store(out + row * out_stride + column, v); });
+                [&](int column, const Four& v) { store(out + row * out_stride + column, v); });
 }
 
 template <class T>

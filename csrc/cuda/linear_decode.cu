@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
     if (warp < num_rows) {
       const int64_t source = args.in.row_of ? args.in.row_of[warp] : warp;
       normalize_row(args.in.stream + source * args.in.stride, args.in.norm, w.k,
-                    [&](int column, const float4& v) {
+                    [&](int column, const Four& v) {
                       const int block = column / kBlockInputs;
                       uint8_t* to = normed + (block * num_rows + warp) * (kBlockInputs * 2) +
                                     column % kBlockInputs * 2;
-                      *reinterpret_cast<uint2*>(to) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
+                      *reinterpret_cast<uint2*>(to) = round_four(v);
                     });
     }
     __syncthreads();
@@ -472,10 +472,10 @@ void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput&
 
 void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
                    cudaStream_t stream) {
+  if (num_rows == 0) return;
   check_arguments(w, in, out);
   Arguments args = {as_weights(w, "linear_decode"), in, out, num_rows};
   args.part_blocks = (args.w.blocks + kParts - 1) / kParts;
-  if (num_rows == 0) return;
   switch (w.kind) {
     case WeightKind::kBf16:
       return launch<WeightKind::kBf16>(args, stream);

@@ -1,4 +1,4 @@
-"""The command line: `leangpt prepare | train | generate | evaluate | export | demo | kernels | info`.
+"""The command line: `leangpt prepare | train | finetune | predict | chat | generate | evaluate | export | demo | kernels | info`.
 
 Each command is a dataclass whose fields are its options; the functions only parse, print, and call the library.
 """
@@ -49,6 +49,40 @@ class Generate:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = (
         None  # by default float32, where the model is not packed
     )
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk with a model in the terminal. Ctrl-C stops an answer, Ctrl-D ends; the oldest turns are forgotten when the
+    conversation is too long.
+    """
+
+    model: str = str(DEMO_RUN)  # a tuned model, or any with a chat template
+    system: str | None = None  # a first message of the role "system"
+    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+    format: str | None = None  # of the weights on a CPU, such as int8
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Run a tuned model on a file or standard input: rows as JSON, a table, or lines of text; one JSON object a row comes out.
+
+    With --task no training is needed: any model classifies into --labels, or ranks the candidates of each row, by how probable
+    it finds them.
+    """
+
+    file: Positional[Path | None] = None  # .jsonl, .csv, .tsv, .conll or text; none: standard input
+    model: str = "runs/finetune"  # written by `leangpt finetune`; with --task any model
+    base: str | None = None  # where the base model is now, if it was moved
+    batch_size: int = 16  # rows a forward pass
+    skip_bad_rows: bool = False  # and count them, instead of stopping with an error
+    device: str = "auto"
+    task: Literal["classify", "rank"] | None = None  # without training
+    labels: tuple[str, ...] = ()  # --task classify: as the template should say them
+    shots: Path | None = None  # --task: a few rows with their answers, which are shown to the model
+    prompt: str | None = None  # --task: template with {fields} of a row
+    report: bool = False  # the rows have their answers: print how good the predictions are instead
 
 
 @dataclass(frozen=True)
@@ -114,18 +148,108 @@ def _train(argv: Sequence[str]) -> None:
     from .training import train
 
     # --preset chooses the defaults of --arch.*, so it is read first
-    preset = "small"
-    rest = list(argv)
-    for i, word in enumerate(rest):
-        if word == "--preset" or word.startswith("--preset="):
-            preset = word.partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
-            del rest[i : i + (1 if "=" in word else 2)]
-            break
+    preset, rest = _take_option(argv, "--preset", "small")
     default = TrainConfig(arch=GPTConfig.preset(preset))
     description = f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*"
     summary = train(_parse(TrainConfig, "train", rest, default=default, description=description))
     if summary.reason == "interrupted":
         raise KeyboardInterrupt
+
+
+def _take_option(argv: Sequence[str], name: str, default: str) -> tuple[str, list[str]]:
+    """The value of an option that decides what the others are, and the arguments without it."""
+    rest = list(argv)
+    for i, word in enumerate(rest):
+        if word == name or word.startswith(f"{name}="):
+            value = word.partition("=")[2] or (rest[i + 1] if i + 1 < len(rest) else "")
+            return value, rest[:i] + rest[i + (1 if "=" in word else 2) :]
+    return default, rest
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    from .finetune import TASKS, FinetuneConfig, finetune
+    from .finetune.methods import METHODS
+
+    usage = f"usage: leangpt finetune TASK --data FILE [OPTIONS]\n\nTASK: {', '.join(TASKS)}\n--method: {', '.join(METHODS)}"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            usage + "\n\n`leangpt finetune TASK --method METHOD --help` lists the options of both."
+        )
+        return
+    if argv[0] not in TASKS:
+        raise ValueError(f"there is no task {argv[0]!r}\n\n{usage}")
+    # --method has options of its own, so it is read first
+    name, rest = _take_option(argv[1:], "--method", "full")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    task, method = TASKS[argv[0]], METHODS[name]
+    default = FinetuneConfig(task(), method())
+    description = f"Fine-tune a model for {task.name}, by {name}.\n\n--method {{{','.join(METHODS)}}} chooses what is trained."
+    kind = FinetuneConfig[task, method]  # type: ignore[valid-type]
+    options = {"default": default, "description": description}
+    outcome = finetune(_parse(kind, f"finetune {argv[0]}", rest, **options))
+    print(outcome)
+    if outcome.is_interrupted:
+        raise KeyboardInterrupt
+
+
+def _predict(argv: Sequence[str]) -> None:
+    options = _parse(Predict, "predict", argv)
+    from .finetune.dataset import parse_rows
+    from .finetune.predictor import predict_rows, rows_of_input
+    from .finetune.rows import BadRows
+    from .machine import default_device
+
+    bad_rows = BadRows(options.skip_bad_rows)
+    device = default_device() if options.device == "auto" else options.device
+    if options.task is None:
+        from .finetune import load_tuned
+
+        if options.labels or options.shots or options.prompt:
+            raise ValueError("--labels, --shots and --prompt are options of --task")
+        tuned = load_tuned(options.model, options.base, device)
+        tuned.batch_size = options.batch_size
+        predictor: Any = tuned
+    else:
+        from .finetune.zero_shot import ZeroShot
+
+        generator = _load_generator(options.model, options.device)
+        predictor = ZeroShot.create(
+            options.task, generator, options.labels, options.shots, options.prompt
+        )
+    rows = rows_of_input(options.file, predictor.task, bad_rows)
+    if options.report:
+        parsed = parse_rows(rows, predictor.task.parse, bad_rows)
+        print(predictor.report([sample for _, sample in parsed]).text)
+    else:
+        for row, prediction in predict_rows(predictor, rows, bad_rows):
+            print(json.dumps(row.values | prediction, ensure_ascii=False), flush=True)
+    for message in bad_rows.messages:
+        print(f"skipped {message}", file=sys.stderr)
+    if bad_rows.count:
+        print(f"{bad_rows.count} rows were skipped", file=sys.stderr)
+
+
+def _load_generator(name: str, device: str, **options: Any) -> Any:
+    """A generator of any model, tuned ones too."""
+    from .finetune.storage import is_tuned, load_tuned
+    from .generation.generator import Generator
+    from .machine import default_device
+
+    if is_tuned(name):
+        return load_tuned(name, device=default_device() if device == "auto" else device).generator
+    return Generator.from_pretrained(name, device=device, **options)
+
+
+def _chat(argv: Sequence[str]) -> None:
+    options = _parse(Chat, "chat", argv)
+    generator = _load_generator(options.model, options.device, format=options.format)
+    if generator.chat_template is None:
+        raise ValueError(
+            f"{options.model}: has no chat template, it was not trained to chat: "
+            "`leangpt finetune chat` makes one that is, `leangpt generate` completes text"
+        )
+    _converse(generator, Generate(sampling=options.sampling, system=options.system, chat=True))
 
 
 def _read_prompts(options: Generate) -> list[str]:
@@ -218,7 +342,7 @@ def _print_stream(
 
 
 def _converse(generator: Any, options: Generate) -> None:
-    """One prompt after the other until end of input; with --chat the messages before are kept."""
+    """One prompt after the other until end of input; with --chat the messages before are kept, as far as they fit."""
     messages: list[dict[str, str]] = []
     if options.system:
         messages.append({"role": "system", "content": options.system})
@@ -231,6 +355,7 @@ def _converse(generator: Any, options: Generate) -> None:
         try:
             if options.chat:
                 messages.append({"role": "user", "content": prompt})
+                messages = generator.trim_history(messages, options.sampling)
             answer = _print_stream(generator, prompt, options, messages)
             messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:
@@ -328,6 +453,9 @@ def _info(argv: Sequence[str]) -> None:
 COMMANDS = {
     "prepare": (_prepare, "turn text files into token shards"),
     "train": (_train, "train a GPT on prepared data"),
+    "finetune": (_finetune, "fine-tune a model for a task"),
+    "predict": (_predict, "run a tuned model on a file or standard input"),
+    "chat": (_chat, "talk with a model in the terminal"),
     "generate": (_generate, "generate text from a model"),
     "evaluate": (_evaluate, "measure what low-bit weights cost"),
     "export": (_export, "write a model in another format"),

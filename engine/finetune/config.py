@@ -1,9 +1,11 @@
 """`FinetuneConfig`: the options of one fine-tuning, besides those of its task and its method."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from tyro.conf import OmitArgPrefixes
 
 from ..config import Precision, TrainConfig
 from . import methods
@@ -14,14 +16,18 @@ _LEARNING_RATES = {"full": 1e-4, "prefix": 3e-3}
 _LEARNING_RATE = 1e-3
 
 
+TaskType = TypeVar("TaskType", bound=Task)
+MethodType = TypeVar("MethodType", bound=methods.Method)
+
+
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Generic[TaskType, MethodType]):
     """Fine-tune a model for a task. A step is one optimizer update over `batch_size` rows."""
 
-    task: Task
-    method: methods.Method = field(default_factory=lambda: methods.create("full"))
+    task: OmitArgPrefixes[TaskType]
+    method: OmitArgPrefixes[MethodType]
     model: str = "runs/demo"  # hub id, model folder or run
-    data: tuple[Path, ...] = ()  # .jsonl, .csv, .tsv, .conll or text
+    data: tuple[Path, ...] = ()  # one file at least: .jsonl, .csv, .tsv, .conll or text
     out: Path = Path("runs/finetune")  # the folder of the tuned model
     overwrite: bool = False  # replace the tuned model in `out`
 
@@ -48,8 +54,6 @@ class FinetuneConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("data must name at least one file")
         for name in ("epochs", "max_steps", "max_len"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -1,6 +1,6 @@
 """From data files to examples: what was skipped, cut, or is in training and validation alike is counted and told."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from ..data.permutation import permute
 from ..data.prepare import is_validation
 from ..data.tokenizer import Tokenizer
-from .rows import BadRows, read_rows
+from .rows import BadRows, Row, read_rows
 from .tasks import Example, Task
 
 _SHOWN = 3  # duplicates that are named
@@ -34,18 +34,24 @@ def read_samples(paths: Sequence[Path], task: Task, bad_rows: BadRows) -> Sample
     Raises:
         FileNotFoundError, ValueError: a file or a row cannot be read, see `read_rows`; there is no row at all.
     """
-    samples, sources = [], []
-    for path in paths:
-        for row in read_rows(path, bad_rows):
-            try:
-                samples.append(task.parse(row.values))
-            except ValueError as error:
-                bad_rows.report(ValueError(f"{row.source}: {error}"))
-                continue
-            sources.append(row.source)
-    if not samples:
+    rows = (row for path in paths for row in read_rows(path, bad_rows))
+    parsed = list(parse_rows(rows, task.parse, bad_rows))
+    if not parsed:
         raise ValueError(f"{', '.join(map(str, paths))}: no row that can be used")
-    return Samples(samples, sources)
+    return Samples([sample for _, sample in parsed], [row.source for row, _ in parsed])
+
+
+def parse_rows(
+    rows: Iterable[Row], parse: Callable[[dict[str, Any]], Any], bad_rows: BadRows
+) -> Iterator[tuple[Row, Any]]:
+    """Rows with their samples; those that cannot be parsed go to `bad_rows`."""
+    for row in rows:
+        try:
+            sample = parse(row.values)
+        except ValueError as error:
+            bad_rows.report(ValueError(f"{row.source}: {error}"))
+            continue
+        yield row, sample
 
 
 def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Samples]:

@@ -113,17 +113,46 @@ class Tagger(TaskModule):
 
 
 class Ranker(TaskModule):
-    """The head gives each candidate a number at its last token; the targets `(B,)` are the chosen ones of K."""
+    """A number for each candidate after a context, and the cross-entropy of the chosen one.
 
-    def __init__(self, model: GPT) -> None:
-        super().__init__(model, num_outputs=1)
+    Tokens are `(B, 1 + K, T)`: the context and K candidates; targets `(B,)`, the chosen ones. A candidate of padding alone is none.
+    """
 
     def forward(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
         return F.cross_entropy(self.candidate_scores(tokens), targets, reduction=reduction)
 
     def candidate_scores(self, tokens: Tensor) -> Tensor:
-        """`(B, K, T)` to `(B, K)`; -inf where there is no candidate: only padding."""
-        B, K, T = tokens.shape
-        flat = tokens.view(B * K, T)
-        scores = self.scores(self.last_hidden(flat)).view(B, K)
-        return scores.masked_fill((tokens == PADDING).all(-1), -torch.inf)
+        """`(B, K)`; -inf where there is no candidate."""
+        candidates = tokens[:, 1:]  # (B, K, T)
+        B, K, T = candidates.shape
+        context = tokens[:, :1].expand(B, K, T)
+        is_candidate = torch.arange(2 * T, device=tokens.device).ge(T).expand(B * K, 2 * T)
+        joined = torch.cat((context, candidates), -1).flatten(0, 1)
+        rows, is_candidate = align_left(joined, is_candidate)
+        length = int((rows != PADDING).sum(1).max())
+        scores = self.score(rows[:, :length], is_candidate[:, :length]).view(B, K)
+        return scores.masked_fill((candidates == PADDING).all(-1), -torch.inf)
+
+    def score(self, tokens: Tensor, is_candidate: Tensor) -> Tensor:
+        """`(N,)` for contexts with a candidate behind each, `(N, T)` with padding on the right."""
+        raise NotImplementedError
+
+
+class HeadRanker(Ranker):
+    """What the head says at the last token."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, num_outputs=1)
+
+    def score(self, tokens: Tensor, is_candidate: Tensor) -> Tensor:
+        return self.scores(self.last_hidden(tokens)).squeeze(-1)
+
+
+class LikelihoodRanker(Ranker):
+    """The mean log-probability of the candidate's tokens."""
+
+    def score(self, tokens: Tensor, is_candidate: Tensor) -> Tensor:
+        counts = is_candidate & (tokens != PADDING)
+        targets = tokens.masked_fill(~counts, IGNORED)[:, 1:]
+        losses = self.model(tokens[:, :-1].clamp(min=0), targets, "none")
+        return -losses.sum(1) / counts.sum(1).clamp(min=1)

@@ -22,7 +22,7 @@ from ..data.documents import (
 from ..data.inputs import file_format
 from ..data.text import encode_utf8
 
-_CONLL_SUFFIXES = (".conll", ".bio")
+ROW_SUFFIXES = (".jsonl", ".csv", ".tsv", ".conll", ".bio")
 _SHOWN = 5  # messages kept of bad rows
 
 
@@ -57,7 +57,7 @@ def read_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """
     path = Path(path)
     suffix, compression = file_format(path)
-    if suffix not in (".jsonl", ".csv", ".tsv", *_CONLL_SUFFIXES):
+    if suffix not in ROW_SUFFIXES:
         for document in read_documents(path):
             yield Row({"text": document.text}, document.source)
         return
@@ -113,9 +113,11 @@ def _read_table(
     lines: Iterable[bytes], source: str, delimiter: str, bad_rows: BadRows
 ) -> Iterator[Row]:
     # tab-separated files have no quotes: a quotation mark is one
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    has_quotes = delimiter == ","
+    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
     texts = _texts(lines, source, bad_rows)
-    reader = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True)
+    # typeshed wants literals of quoting
+    reader = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     names: list[str] | None = None
     while True:
         place = f"{source}:{reader.line_num + 1}"  # a row may have several lines

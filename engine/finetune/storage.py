@@ -34,7 +34,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Refuse to replace what `finetune` has not written, or should not replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / TASK_FILE).exists():
+    if not is_tuned(out):
         raise FileExistsError(f"{out}: exists and is not a tuned model; choose another --out")
     if not overwrite:
         raise FileExistsError(
@@ -42,9 +42,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         )
 
 
-def save_tuned(config: FinetuneConfig, tuned: Tuned, base: str, outcome: "Outcome") -> None:
+def save_tuned(config: FinetuneConfig, tuned: Tuned, outcome: "Outcome") -> None:
     """Write `config.out`, whole or not at all."""
     is_whole = config.merge or config.method.name == "full"
+    is_local = Path(config.model).exists()  # else a name of the hub
+    base = str(Path(config.model).resolve()) if is_local else config.model
     with atomic_directory(config.out) as folder:
         module = tuned.module
         if module.head is not None:
@@ -79,6 +81,11 @@ def save_tuned(config: FinetuneConfig, tuned: Tuned, base: str, outcome: "Outcom
             (folder / name).write_bytes(png)
 
 
+def is_tuned(folder: str | Path) -> bool:
+    """Whether `finetune` wrote this folder."""
+    return (Path(folder) / TASK_FILE).is_file()
+
+
 def load_tuned(folder: str | Path, base: str | None = None, device: str = "cpu") -> Tuned:
     """Load a tuned model, ready to predict.
 
@@ -91,13 +98,12 @@ def load_tuned(folder: str | Path, base: str | None = None, device: str = "cpu")
         ValueError: a file is damaged, or `base` is another model than that of the training.
     """
     folder = Path(folder)
-    path = folder / TASK_FILE
-    if not path.is_file():
+    if not is_tuned(folder):
         raise FileNotFoundError(
             f"{folder}: there is no tuned model here ({TASK_FILE} is missing): make one with "
             f"`leangpt finetune TASK --out {shlex.quote(str(folder))}`"
         )
-    values = _read_task(path)
+    values = _read_task(folder / TASK_FILE)
     task = task_from_dict(values["task"])
     name = values["base"] and (base or values["base"])
     model = load_model(resolve_model(name or folder), device=device)

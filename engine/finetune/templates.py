@@ -5,11 +5,11 @@ A prompt template is text with `{field}` in it; `{{` and `}}` are braces. A chat
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..data.tokenizer import Tokenizer
-from ..generation.chat import ChatTemplate, Message
+from ..generation.chat import ChatTemplate
 from .rows import text_of
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -92,24 +92,3 @@ def chat_template_of(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     names = {token: text for text, token in tokenizer.special_tokens.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return ChatTemplate(source, {name: names[i] for name, i in ids.items() if i in names})
-
-
-def fit_conversation(
-    messages: Sequence[Message],
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    **variables: Any,
-) -> tuple[list[Message], int]:
-    """Leave out the oldest turns of a conversation that is too long; how many messages that were.
-
-    The system prompt and the last turn always stay. A turn is what a user says and all that follows it.
-    """
-    system = [m for m in messages[:1] if m["role"] in ("system", "developer")]
-    rest = list(messages[len(system) :])
-    while len(template.encode([*system, *rest], tokenizer, **variables)) > max_tokens:
-        starts = [i for i, message in enumerate(rest) if message["role"] == "user" and i > 0]
-        if not starts:
-            break
-        rest = rest[starts[0] :]
-    return [*system, *rest], len(messages) - len(system) - len(rest)

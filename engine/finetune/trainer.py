@@ -5,6 +5,7 @@ processes they are spread over; AdamW; dropout seeded by the step. After each ep
 weights of the best one are kept. Ctrl-C ends it after the step, and what was learnt is reported and saved.
 """
 
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -53,7 +54,24 @@ class Outcome:
     val_loss: float  # nats a target, of the weights that are kept
     seconds: float
     data: dict[str, int]  # rows of training and validation, skipped, cut, duplicates
-    forgetting: dict[str, float] | None  # loss on the replayed file before and after
+    forgetting: dict[str, float] | None  # loss on rows of the replayed file, before and after
+
+    def __str__(self) -> str:
+        names = ("train_rows", "val_rows", "skipped_rows", "cut_examples", "duplicates")
+        rows = {
+            "rows": "{:,} to train, {:,} to validate, {:,} skipped, {:,} cut, {:,} in both".format(
+                *(self.data[name] for name in names)
+            ),
+            "training": f"{self.steps:,} steps in {self.seconds:.0f} s, {self.num_trainable:,} parameters",
+            "validation": f"loss {self.val_loss:.4f}",
+        }
+        if self.forgetting is not None:
+            rows["earlier data"] = "loss {loss_before:.4f} before, {loss_after:.4f} after".format(
+                **self.forgetting
+            )
+        rows["model"] = str(self.out)
+        lines = [f"{name:16} {value}" for name, value in rows.items()]
+        return "\n".join([self.report.text, "", *lines])
 
 
 def finetune(config: FinetuneConfig) -> Outcome:
@@ -64,6 +82,8 @@ def finetune(config: FinetuneConfig) -> Outcome:
         FileNotFoundError: the model or a data file is not there.
         ValueError: a row is bad (with file and line), or the data, the model and the options do not fit each other.
     """
+    if not config.data:
+        raise ValueError("data must name at least one file")
     check_out(config.out, config.overwrite)
     with process_group(config.device) as group, Interrupt() as interrupt:
         return _finetune(config, group, interrupt)
@@ -77,14 +97,11 @@ class _Data:
     replay: Dataset | None
     old: Dataset | None  # of the replayed file, kept apart to measure what is forgotten
     counts: dict[str, int]
+    messages: list[str]  # for the terminal
 
 
 def _read_data(
-    config: FinetuneConfig,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    max_len: int,
-    console: Console,
+    config: FinetuneConfig, tokenizer: Tokenizer, template: ChatTemplate | None, max_len: int
 ) -> _Data:
     bad_rows = BadRows(config.skip_bad_rows)
     train = read_samples(config.data, config.task, bad_rows)
@@ -93,10 +110,12 @@ def _read_data(
     else:
         train, val = split(train, config.val_fraction, config.seed)
     duplicates = find_duplicates(config.task, train, val)
-    task = config.task.fit(train.samples, tokenizer, template)
     sets = [train, val]
     if source := config.replay_source():
-        sets += split(read_samples([source[0]], task, bad_rows), config.val_fraction, config.seed)
+        earlier = read_samples([source[0]], config.task, bad_rows)
+        sets += split(earlier, config.val_fraction, config.seed)
+    # labels of earlier rows are labels still
+    task = config.task.fit([s for each in sets[::2] for s in each.samples], tokenizer, template)
     encoded = [encode_samples(each, task, tokenizer, max_len, bad_rows) for each in sets]
     counts = {
         "train_rows": len(encoded[0].samples),
@@ -105,16 +124,15 @@ def _read_data(
         "cut_examples": encoded[0].num_cut + encoded[1].num_cut,
         "duplicates": len(duplicates),
     }
-    console.say(
+    messages = [
         f"{counts['train_rows']:,} rows to train, {counts['val_rows']:,} to validate, {bad_rows.count:,} skipped; "
-        f"{counts['cut_examples']:,} cut to {max_len} tokens"
-    )
-    for message in bad_rows.messages:
-        console.say(f"skipped {message}")
+        f"{counts['cut_examples']:,} cut to {max_len} tokens",
+        *(f"skipped {message}" for message in bad_rows.messages),
+    ]
     if duplicates:
-        console.say(f"warning: {describe_duplicates(duplicates, len(val))}")
+        messages.append(f"warning: {describe_duplicates(duplicates, len(val))}")
     replay, old = encoded[2:] or (None, None)
-    return _Data(task, *encoded[:2], replay, old, counts)
+    return _Data(task, encoded[0], encoded[1], replay, old, counts, messages)
 
 
 def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Outcome:
@@ -126,8 +144,9 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
     torch.manual_seed(config.seed)
     model = load_model(path, device=group.device)
     max_len = _max_len(config, model)
-    with closing(Console(0, 1, enabled=config.progress and group.is_main)) as console:
-        data = _read_data(config, tokenizer, ChatTemplate.load(folder), max_len, console)
+    data = _read_data(config, tokenizer, ChatTemplate.load(folder), max_len)
+    if config.progress and group.is_main:
+        print("\n".join(data.messages), file=sys.stderr)
     num_steps = config.num_steps(len(data.train.examples))
     tuned = _attach(config, data, model, tokenizer, max_len, num_steps, group)
     num_trainable = sum(p.numel() for p in tuned.module.parameters() if p.requires_grad)
@@ -138,10 +157,9 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
     if data.old is not None and old_loss is not None:
         forgetting = {"loss_before": old_loss, "loss_after": mean_loss(tuned, data.old, group)}
 
-    predictions = data.task.predict(tuned, data.val.samples)
     outcome = Outcome(
         out=config.out,
-        report=data.task.report(data.val.samples, predictions, val_loss),
+        report=tuned.report(data.val.samples),
         steps=steps,
         is_interrupted=is_interrupted,
         num_trainable=num_trainable,
@@ -151,7 +169,7 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
         forgetting=forgetting,
     )
     if group.is_main:
-        save_tuned(config, tuned, str(path), outcome)
+        save_tuned(config, tuned, outcome)
     return outcome
 
 

@@ -149,6 +149,30 @@ class ChatTemplate:
         return tokens
 
 
+def trim_history(
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    **variables: Any,
+) -> list[Message]:
+    """Leave out the oldest turns of a conversation until it has at most `max_tokens`.
+
+    The system prompt and the last turn always stay. A turn is what a user says and all that follows it.
+
+    Args:
+        variables: for the template, as in `ChatTemplate.render`.
+    """
+    has_system = messages[0]["role"] in ("system", "developer")
+    system, rest = list(messages[:has_system]), list(messages[has_system:])
+    while len(template.encode([*system, *rest], tokenizer, **variables)) > max_tokens:
+        starts = [i for i, message in enumerate(rest) if message["role"] == "user" and i > 0]
+        if not starts:
+            break
+        rest = rest[starts[0] :]
+    return [*system, *rest]
+
+
 def _check(messages: Sequence[Message]) -> None:
     if not messages:
         raise ValueError("a conversation needs at least one message")

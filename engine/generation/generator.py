@@ -15,7 +15,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..decoding.choice import decoder_of, load_decoder
 from ..decoding.decoder import Decoder
 from .batcher import Batcher
-from .chat import ChatTemplate, Message
+from .chat import ChatTemplate, Message, trim_history
 from .completion import Completion, Draft
 from .handle import Handle
 from .job import Computation, Generation
@@ -230,6 +230,18 @@ class Generator:
         """`chat`, as `stream` yields it."""
         return self.stream(self._conversation(messages, variables), params, overflow=overflow)
 
+    def trim_history(
+        self, messages: Sequence[Message], params: SamplingParams = _DEFAULT_PARAMS
+    ) -> list[Message]:
+        """Leave out the oldest turns of a conversation that is too long to be answered; see `chat.trim_history`.
+
+        Raises:
+            ValueError: the model has no chat template, or it refuses the conversation.
+        """
+        tokenizer, template = self._chat_parts()
+        room = self.decoder.config.max_seq_len - (params.max_new_tokens or 1)
+        return trim_history(messages, template, tokenizer, room)
+
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
         """Log-probability of each token of each text, given those before it.
 
@@ -294,13 +306,17 @@ class Generator:
         computation.raise_error()
 
     def _conversation(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
+        tokenizer, template = self._chat_parts()
+        return template.encode(messages, tokenizer, **variables)
+
+    def _chat_parts(self) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = self._reader.need_tokenizer("chat")
         if self.chat_template is None:
             raise ValueError(
                 "this model has no chat template (chat_template in tokenizer_config.json): "
                 "it was not trained to chat; use generate, or give Generator a ChatTemplate"
             )
-        return self.chat_template.encode(messages, tokenizer, **variables)
+        return tokenizer, self.chat_template
 
 
 def _pieces(handle: Handle) -> Iterator[str]:

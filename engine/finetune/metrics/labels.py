@@ -38,17 +38,11 @@ class LabelTable:
         """`found`: how often each label was predicted where it is true."""
         rows = {name: _scores(found[name], predicted[name], support[name]) for name in labels}
         total = support.total()
-        columns = [row[:3] for row in rows.values()]
-        weights = [row.support / total if total else 0.0 for row in rows.values()]
-        macro = [sum(values) / len(labels) for values in zip(*columns, strict=True)]
-        weighted = [
-            sum(w * value for w, value in zip(weights, values, strict=True))
-            for values in zip(*columns, strict=True)
-        ]
+        weights = {name: row.support / total if total else 0.0 for name, row in rows.items()}
         averages = {
             "micro avg": _scores(found.total(), predicted.total(), total),
-            "macro avg": Scores(*(macro or (0.0, 0.0, 0.0)), total),
-            "weighted avg": Scores(*(weighted or (0.0, 0.0, 0.0)), total),
+            "macro avg": _weighted(rows, dict.fromkeys(rows, 1 / max(1, len(rows))), total),
+            "weighted avg": _weighted(rows, weights, total),
         }
         return cls(rows, averages)
 
@@ -85,6 +79,15 @@ def _scores(found: int, predicted: int, support: int) -> Scores:
         precision=found / predicted if predicted else 0.0,
         recall=found / support if support else 0.0,
         f1=2 * found / (predicted + support) if predicted + support else 0.0,
+        support=support,
+    )
+
+
+def _weighted(rows: dict[str, Scores], weights: dict[str, float], support: int) -> Scores:
+    return Scores(
+        precision=sum(weights[name] * row.precision for name, row in rows.items()),
+        recall=sum(weights[name] * row.recall for name, row in rows.items()),
+        f1=sum(weights[name] * row.f1 for name, row in rows.items()),
         support=support,
     )
 

@@ -27,10 +27,10 @@ def confusion_png(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> byt
     figure = matplotlib.figure.Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    font = _font_family(labels)
+    shown, font = _shown(labels)
     ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=45, ha="right", family=font)
-    axes.set_yticks(ticks, labels, family=font)
+    axes.set_xticks(ticks, shown, rotation=45, ha="right", family=font)
+    axes.set_yticks(ticks, shown, family=font)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(labels) <= _MAX_NUMBERS:
@@ -43,9 +43,12 @@ def confusion_png(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> byt
     return png.getvalue()
 
 
-def _font_family(labels: Sequence[str]) -> list[str] | None:
-    """matplotlib's own font has no Chinese: one of this machine that has, if there is any."""
+def _shown(labels: Sequence[str]) -> tuple[list[str], str | None]:
+    """Labels as they can be drawn, and the font: matplotlib's own has no Chinese; without another one they are numbered."""
     if all(label.isascii() for label in labels):
-        return None
+        return list(labels), None
     known = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
-    return [*(name for name in _CHINESE_FONTS if name in known), "DejaVu Sans"]
+    for name in _CHINESE_FONTS:
+        if name in known:
+            return list(labels), name
+    return [f"label {i}" for i in range(1, len(labels) + 1)], None

@@ -27,13 +27,13 @@ Prediction = dict[str, Any]  # as JSON can hold it
 class Example(NamedTuple):
     """A sample as the model reads it."""
 
-    tokens: Any  # token ids; for a ranking head those of each candidate
+    tokens: Any  # token ids; to rank, those of the context and of each candidate
     targets: Any  # what `Task.collate` makes a tensor of
     is_cut: bool = False  # something of it was left out, for it was too long
 
     @property
     def length(self) -> int:
-        """Tokens, or candidates of a ranking head."""
+        """Tokens; to rank, candidates and context."""
         return len(self.tokens)
 
 
@@ -68,6 +68,20 @@ class Tuned:
         """A generator of the model as it is when this is first asked for."""
         template = self.task.chat_template(self.tokenizer)
         return Generator(plain_model(self.adapted), self.tokenizer, template)
+
+    def predict(self, samples: Sequence[Any]) -> list[Prediction]:
+        return self.task.predict(self, samples)
+
+    def report(self, samples: Sequence[Any]) -> Report:
+        """How good the predictions are for samples that have their answers."""
+        parts = [self.task.encode_all(s, self.tokenizer, self.max_len) for s in samples]
+        loss = self.mean_loss([example for examples in parts for example in examples])
+        return self.task.report(samples, self.predict(samples), loss)
+
+    def mean_loss(self, examples: Sequence[Example]) -> float:
+        """Mean over all targets, in nats."""
+        num_targets = sum(map(self.task.num_targets, examples))
+        return sum(self.losses(examples)) / max(1, num_targets)
 
     def in_batches(
         self, examples: Sequence[Example], compute: Callable[[Tensor], Tensor]
@@ -110,7 +124,6 @@ class Task(Generic[Sample]):
     """One task; the methods are in the order in which they are called."""
 
     name: ClassVar[str]
-    suffix: ClassVar[str] = ".jsonl"  # of rows on standard input
 
     def parse(self, values: dict[str, Any]) -> Sample:
         """Check the fields of a row.
@@ -123,6 +136,14 @@ class Task(Generic[Sample]):
     def parse_input(self, values: dict[str, Any]) -> Sample:
         """`parse` of a row to predict, whose answer may be missing."""
         return self.parse(values)
+
+    def line_field(self) -> str:
+        """The field that a line of plain text is, where a row to predict needs no other.
+
+        Raises:
+            ValueError: it needs more.
+        """
+        raise ValueError(f"rows for {self.name} have several fields: give JSON objects, one a line")
 
     def key(self, sample: Sample) -> Hashable:
         """Samples of the same key are duplicates: what is asked, without the answer."""

@@ -7,8 +7,8 @@ from typing import Any, Self
 from ...config import SamplingParams
 from ...data.text import encode_utf8
 from ...data.tokenizer import Tokenizer
-from ...generation.chat import ROLES, ChatTemplate, Message
-from ..templates import chat_template_of, default_chat_template, fit_conversation
+from ...generation.chat import ROLES, ChatTemplate, Message, trim_history
+from ..templates import chat_template_of, default_chat_template
 from .base import Example, Prediction, Report, Tuned
 from .language import LanguageTask, perplexity, shifted
 
@@ -69,7 +69,7 @@ class Chat(LanguageTask[Conversation]):
     def encode(self, sample: Conversation, tokenizer: Tokenizer, max_len: int) -> Example:
         template = self.chat_template(tokenizer)
         last = max(i for i, message in enumerate(sample) if message["role"] == "assistant")
-        messages, num_left_out = fit_conversation(
+        messages = trim_history(
             sample[: last + 1], template, tokenizer, max_len + 1, add_generation_prompt=False
         )
         tokens = template.encode(messages, tokenizer, add_generation_prompt=False)
@@ -89,7 +89,7 @@ class Chat(LanguageTask[Conversation]):
         too_many = len(tokens) - (max_len + 1)
         if too_many > 0:  # one turn alone is too long: what comes last is what is answered
             tokens, is_target = tokens[too_many:], is_target[too_many:]
-        return shifted(tokens, is_target, is_cut=num_left_out > 0 or too_many > 0)
+        return shifted(tokens, is_target, is_cut=len(messages) <= last or too_many > 0)
 
     def predict(self, tuned: Tuned, samples: Sequence[Conversation]) -> list[Prediction]:
         """The answer to each conversation, greedily; what the assistant says last is left out first."""
@@ -98,9 +98,7 @@ class Chat(LanguageTask[Conversation]):
         prompts = []
         for sample in samples:
             asked = sample[:-1] if sample[-1]["role"] == "assistant" else sample
-            messages, _ = fit_conversation(
-                asked, template, tuned.tokenizer, tuned.max_len - num_new
-            )
+            messages = trim_history(asked, template, tuned.tokenizer, tuned.max_len - num_new)
             prompts.append(template.encode(messages, tuned.tokenizer))
         params = SamplingParams(max_new_tokens=num_new, temperature=0)
         completions = tuned.generator.generate(prompts, params, overflow="truncate")

@@ -55,6 +55,9 @@ class Classify(Task[LabelledText]):
     def parse_input(self, values: dict[str, Any]) -> LabelledText:
         return LabelledText(text_of(values, self.text_field), ())
 
+    def line_field(self) -> str:
+        return self.text_field
+
     def key(self, sample: LabelledText) -> str:
         return sample.text
 

@@ -45,6 +45,10 @@ class PairTask(LanguageTask[Pair]):
     def parse_input(self, values: dict[str, Any]) -> Pair:
         return Pair(field_texts(values, self.prompt), ())
 
+    def line_field(self) -> str:
+        names = set(fields_of(self.prompt))
+        return names.pop() if len(names) == 1 else super().line_field()
+
     def key(self, sample: Pair) -> tuple[str, ...]:
         return tuple(sample.texts.values())
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ...data.tokenizer import Tokenizer
 from ..metrics.ranking import accuracy, mean_reciprocal_rank, ndcg, rank_of
-from ..modules import LanguageModule, Ranker, TaskModule
-from ..padding import IGNORED, PADDING, pad
+from ..modules import HeadRanker, LikelihoodRanker, Ranker
+from ..padding import PADDING, pad
 from ..rows import text_of
 from ..templates import field_texts, fields_of, fill, with_bos
-from .base import Example, Prediction, Report, Task, Tuned, collate_tokens
-from .language import shifted
+from .base import Example, Prediction, Report, Task, Tuned
 
 
 class Choice(NamedTuple):
@@ -26,8 +25,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Rank(Task[Choice]):
-    """By likelihood: the mean log-probability of a candidate's tokens after the context; the loss is that of the chosen one.
-    By a head: a number at the last token of context and candidate; the loss is the cross-entropy over the candidates.
+    """By likelihood: the mean log-probability of a candidate's tokens after the context. By a head: a number at the last token of
+    context and candidate. The loss is the cross-entropy over the candidates, so that no candidate wins by being common.
     """
 
     name = "rank"
@@ -93,27 +92,20 @@ class Rank(Task[Choice]):
 
     def encode(self, sample: Choice, tokenizer: Tokenizer, max_len: int) -> Example:
         context, candidates, is_cut = self.parts(sample, tokenizer, max_len)
-        if self.score == "head":
-            rows = [[*context, *candidate] for candidate in candidates]
-            return Example(rows, max(0, sample.chosen), is_cut)
-        chosen = candidates[sample.chosen]
-        is_target = [False] * len(context) + [True] * len(chosen)
-        return shifted([*context, *chosen], is_target, is_cut)
+        return Example([context, *candidates], max(0, sample.chosen), is_cut)
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        if self.score == "likelihood":
-            return collate_tokens(examples), pad([e.targets for e in examples], IGNORED)
-        K = max(len(example.tokens) for example in examples)
+        num_rows = max(example.length for example in examples)
         rows = [
             row
             for example in examples
-            for row in (*example.tokens, *[()] * (K - len(example.tokens)))
+            for row in (*example.tokens, *[()] * (num_rows - example.length))
         ]
-        tokens = pad(rows, PADDING).view(len(examples), K, -1)
+        tokens = pad(rows, PADDING).view(len(examples), num_rows, -1)
         return tokens, torch.tensor([example.targets for example in examples])
 
-    def make_module(self, model: Any, examples: Sequence[Example]) -> TaskModule:
-        return Ranker(model) if self.score == "head" else LanguageModule(model)
+    def make_module(self, model: Any, examples: Sequence[Example]) -> Ranker:
+        return HeadRanker(model) if self.score == "head" else LikelihoodRanker(model)
 
     def predict(self, tuned: Tuned, samples: Sequence[Choice]) -> list[Prediction]:
         """The candidates, the best first, each with its share of the probability of all."""

@@ -71,6 +71,9 @@ class Tag(Task[TaggedText]):
             text_of({"words": word}, "words")
         return TaggedText(*_joined(words), ())
 
+    def line_field(self) -> str:
+        return self.text_field
+
     def key(self, sample: TaggedText) -> str:
         return sample.text
 
@@ -147,7 +150,9 @@ class Tag(Task[TaggedText]):
         true = [self.spans(sample.tags) for sample in samples]
         predicted = [self.spans(p["tags"]) for p in predictions]
         labels = sorted({span.label for spans in true + predicted for span in spans})
-        table = LabelTable.of_sets(labels, *(map(_labelled, spans) for spans in (true, predicted)))
+        table = LabelTable.of_sets(
+            labels, [_labelled(each) for each in true], [_labelled(each) for each in predicted]
+        )
         all_true = [tag for sample in samples for tag in sample.tags]
         share = accuracy(all_true, [tag for p in predictions for tag in p["tags"]])
         metrics = {"token_accuracy": share, "labels": table.to_dict()}

@@ -16,12 +16,14 @@ class Text(LanguageTask[str]):
     """Documents; every token counts. A long one is several examples, nothing is cut off."""
 
     name = "text"
-    suffix = ".txt"
 
     text_field: str = "text"
 
     def parse(self, values: dict[str, Any]) -> str:
         return text_of(values, self.text_field)
+
+    def line_field(self) -> str:
+        return self.text_field
 
     def key(self, sample: str) -> str:
         return sample

@@ -29,7 +29,7 @@ from .machine import Fault, Machine, Options, OptionsStruct
 from .ptx import Kernel, Unsupported, read_kernels
 
 __all__ = [
-    "DeviceTensor", "Fault", "Settings", "call_op", "empty", "fault", "leaks", "library", "load_ops", "reset", "settings",
+    "DeviceTensor", "Fault", "Settings", "call_op", "empty", "fault", "leaks", "library", "load_ops", "reset", "settings", "synchronize",
     "tensors_as_device_memory", "to_device", "untold_fault",
 ]  # fmt: skip
 
@@ -66,7 +66,10 @@ class _Kernel(ctypes.Structure):
     _fields_ = [
         ("program", ctypes.c_void_p),
         *((name, ctypes.c_uint32) for name in ("num_params", "param_bytes", "shared_bytes")),
-        *((name, ctypes.c_uint32) for name in ("local_bytes", "max_threads")),
+        *(
+            (name, ctypes.c_uint32)
+            for name in ("shared_layout_bytes", "local_bytes", "max_threads")
+        ),
         *((name, ctypes.POINTER(ctypes.c_uint32)) for name in ("param_offsets", "param_sizes")),
     ]
 
@@ -98,7 +101,7 @@ def _load(module: int, ptx: bytes, name: bytes, out: Any) -> bool:
         _loaded.append(text)
     _loaded.extend([program, offsets, sizes])
     out[0] = _Kernel(
-        program.handle, len(offsets), params.num_bytes, kernel.shared.num_bytes, kernel.local.num_bytes,
+        program.handle, len(offsets), params.num_bytes, kernel.shared_bytes, kernel.shared.num_bytes, kernel.local.num_bytes,
         kernel.max_threads, offsets, sizes,
     )  # fmt: skip
     return True
@@ -169,9 +172,13 @@ def _raise_fault(result: Any, function: Any, arguments: Any) -> Any:
 
 def library(name: str, sources: Iterable[Path], flags: Sequence[str] = ()) -> Library:
     """Compile sources, .cu and .cpp, into a library that is linked with the fake runtime, and load it."""
-    flags = [f"-I{CUDA_HOME}/include", *flags]
-    path = shared_library(name, sources, flags, link=[runtime_path()])
+    return _load_library(name, tuple(sources), tuple(flags))
+
+
+@functools.cache
+def _load_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Library:
     runtime()
+    path = shared_library(name, sources, [f"-I{CUDA_HOME}/include", *flags], link=[runtime_path()])
     return Library(str(path), mode=ctypes.DEFAULT_MODE | _DEEPBIND)
 
 
@@ -256,6 +263,12 @@ def reset() -> None:
     _raised = None
     _tensors.clear()
     runtime().emulator_reset()
+
+
+def synchronize() -> None:
+    """Wait until the device has done everything."""
+    runtime().cudaDeviceSynchronize()
+    _raise_fault(None, None, None)
 
 
 def _check(error: int) -> None:

@@ -340,12 +340,15 @@ class _Lowering:
         self.emit("exit", [])
 
     def barrier(self, opcode: str, modifiers: list[str], operands: list) -> None:
+        """bar or barrier: the number of threads, the whole block, may be left out; `sync` has been dropped."""
+        modifiers = [m for m in modifiers if m != "cta"]
         if modifiers == ["warp"]:
-            self.instruction("bar.warp", operands)
-        elif modifiers or operands != ["0"]:
-            raise Unsupported("no barriers but bar.sync 0")
-        else:
-            self.emit("bar", [])
+            return self.instruction("bar.warp", operands)
+        kind = ".".join(modifiers) or "sync"
+        before = operands[:1] if modifiers[:1] == ["red"] else []
+        after = operands[-1:] if before else []
+        number, *threads = operands[len(before) : len(operands) - len(after)]
+        self.instruction(f"bar.{kind}", [*before, number, *(threads or ["0"]), *after])
 
     def shuffle(self, opcode: str, modifiers: list[str], operands: list) -> None:
         result, *rest = operands

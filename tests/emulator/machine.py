@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .build import shared_library
+from .ptx import SHARED_GAP
 
 if TYPE_CHECKING:
     from .lowering import Program
@@ -61,6 +62,24 @@ class Options:
         )
 
 
+class _Program(ctypes.Structure):
+    """Twin of ProgramParts in simt/api.cpp."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("rows", ctypes.c_void_p),
+        ("statements", ctypes.POINTER(ctypes.c_char_p)),
+        ("num_rows", ctypes.c_size_t),
+        ("operands", ctypes.c_void_p),
+        ("num_operands", ctypes.c_size_t),
+        ("constants", ctypes.c_char_p),
+        *((name, ctypes.c_size_t) for name in ("constant_bytes", "register_bytes", "local_bytes")),
+        ("shared_gaps", ctypes.POINTER(ctypes.c_uint32)),
+        ("num_shared_gaps", ctypes.c_size_t),
+        *((name, ctypes.c_int32) for name in ("global_granule", "shared_granule")),
+    ]
+
+
 class _Buffer(ctypes.Structure):
     _fields_ = [("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p)]
 
@@ -96,18 +115,19 @@ class Machine:
 
     def __init__(self, program: "Program"):
         self.program = program
-        size = ctypes.c_size_t
-        rows, operands = program.rows, program.operands
-        num_columns = len(rows) // len(program.statements)
-        self.handle = ctypes.c_void_p(
-            _library().simt_program(
-                program.kernel.name.encode(), ctypes.c_void_p(rows.buffer_info()[0]), size(len(rows) // num_columns),
-                (ctypes.c_char_p * len(program.statements))(*map(_place, program.statements)),
-                ctypes.c_void_p(operands.buffer_info()[0]), size(len(operands)),
-                program.constants, size(len(program.constants)), size(program.register_bytes),
-                size(program.kernel.local.num_bytes), program.global_granule, program.shared_granule,
-            )
+        rows, operands, kernel = program.rows, program.operands, program.kernel
+        ends = [
+            kernel.shared.offsets[name] + size for name, size in kernel.shared.sizes.items() if size
+        ]
+        gaps = [edge for end in ends for edge in (end, end + SHARED_GAP)]
+        parts = _Program(
+            kernel.name.encode(), rows.buffer_info()[0],
+            (ctypes.c_char_p * len(program.statements))(*map(_place, program.statements)), len(program.statements),
+            operands.buffer_info()[0], len(operands), program.constants, len(program.constants),
+            program.register_bytes, kernel.local.num_bytes, (ctypes.c_uint32 * len(gaps))(*gaps), len(ends),
+            program.global_granule, program.shared_granule,
         )  # fmt: skip
+        self.handle = ctypes.c_void_p(_library().simt_program(ctypes.byref(parts)))
 
     def launch(
         self,

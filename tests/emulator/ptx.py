@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+SHARED_GAP = 16  # bytes behind a static variable in shared memory that nobody may touch
+
 
 class Unsupported(Exception):
     """The PTX holds something that the emulator does not implement."""
@@ -72,7 +74,8 @@ class Kernel:
     name: str
     max_threads: int  # of a block
     params: Variables
-    shared: Variables  # static ones; those of dynamic size start behind them
+    shared: Variables  # static ones, with gaps; those of dynamic size start behind them
+    shared_bytes: int  # of the static ones without gaps
     local: Variables  # of each thread
     constants: dict[str, bytes]  # in global memory, with their values
     register_types: dict[str, str]  # "%r" of a family `%r<9>`, or a whole name -> "b32"
@@ -245,7 +248,7 @@ def _read_kernel(
         params.add(name, size * int(count or 1), int(alignment or size))
     used = {name for part in body.parts if isinstance(part, Statement) for name in part.registers()}
     spaces = {"shared": Variables(), "local": Variables()}
-    dynamic = []
+    dynamic, shared_bytes = [], 0
     for declaration in module_variables + body.variables:
         found = _VARIABLE.match(declaration.strip())
         if not found:
@@ -257,8 +260,11 @@ def _read_kernel(
         if is_extern:
             dynamic.append((name, int(alignment or size)))
         else:
-            count = int(count) if is_array else 1
-            spaces[space].add(name, size * count, int(alignment or size))
+            size *= int(count) if is_array else 1
+            spaces[space].add(name, size, int(alignment or size))
+            if space == "shared":
+                spaces["shared"].num_bytes += SHARED_GAP
+                shared_bytes += size
     for name, alignment in dynamic:
         spaces["shared"].add(name, 0, alignment)
     return Kernel(
@@ -266,6 +272,7 @@ def _read_kernel(
         max_threads=_max_threads(entry[3]),
         params=params,
         shared=spaces["shared"],
+        shared_bytes=shared_bytes,
         local=spaces["local"],
         constants={name: value for name, value in constants.items() if name in used},
         register_types=body.types,

@@ -249,7 +249,7 @@ def test_early_copies_show_what_late_ones_hide():
 
 def test_unknown_ptx_is_named():
     for statement in (
-        "wgmma.fence.sync.aligned;", "add.rz.f32 %r1, %r2, %r3;", "bar.sync 1, 64;", "call f, ();", "mov.u32 %r1, %clock;",
+        "wgmma.fence.sync.aligned;", "add.rz.f32 %r1, %r2, %r3;", "call f, ();", "mov.u32 %r1, %clock;",
         "cvt.rn.satfinite.e4m3x2.f32 %h1, %r1, %r2;", "st.shared.b32 [unknown], %r1;", "brx.idx %r1, table;",
     ):  # fmt: skip
         with pytest.raises(Unsupported, match=re.escape(statement.rstrip(";")[:9])):

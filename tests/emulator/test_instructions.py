@@ -379,6 +379,9 @@ def test_conversions():
                 for v in function(values).tolist()
             ]
             assert out.tolist() == expected, mode
+    doubles = x.double().numpy()
+    out = run_instruction("cvt.rzi.f64.f64", doubles.view("i8"), output="i8")
+    assert_same(out, torch.trunc(x.double()), "rzi.f64")
     n = integers(64, True, 1)
     assert_same(
         run_instruction("cvt.rn.f32.s64", n, output="i4"), torch.from_numpy(n).float(), "s64"

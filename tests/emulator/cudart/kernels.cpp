@@ -130,8 +130,9 @@ void launch(Function& function, dim3 grid, dim3 block, void** args, size_t dynam
   enqueue(stream, "cudaLaunchKernel", [=, &kernel, params = std::move(params)] {
     simt::Options options = settings.options;
     if (is_cooperative) options.resident = static_cast<int32_t>(g.count());
+    const size_t layout_bytes = kernel.shared_layout_bytes + dynamic_bytes;
     simt::Launch(*kernel.program, options, params.data(), params.size(), g, b,
-                 static_cast<uint32_t>(shared_bytes), buffers())
+                 static_cast<uint32_t>(layout_bytes), buffers())
         .run();
   });
 }

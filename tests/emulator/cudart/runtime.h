@@ -93,7 +93,10 @@ void forget_streams();
 // What Python tells of a kernel. Its twin is `_Kernel` of cuda.py.
 struct Kernel {
   const simt::Program* program;
-  uint32_t num_params, param_bytes, shared_bytes, local_bytes, max_threads;
+  uint32_t num_params, param_bytes;
+  uint32_t shared_bytes;         // of static variables
+  uint32_t shared_layout_bytes;  // of them with gaps between them
+  uint32_t local_bytes, max_threads;
   const uint32_t *param_offsets, *param_sizes;
 };
 // Fill in a kernel of a module, whose PTX it is; false: errors.reason tells why not.

@@ -1,5 +1,8 @@
 // What Python calls.
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <cstdlib>
 
 #include "define.h"
 
@@ -32,6 +35,14 @@ const std::vector<Entry>& all_instructions() {
   return table();
 }
 
+// A C++ name as it is written in the source; others as they are.
+std::string demangled(const char* name) {
+  char* const readable = abi::__cxa_demangle(name, nullptr, nullptr, nullptr);
+  const std::string result = readable ? readable : name;
+  std::free(readable);
+  return result;
+}
+
 // One instruction as lowering.py writes it.
 struct Row {
   int64_t entry, guard, is_negated, immediate, first_operand, num_operands, space, order, is_label;
@@ -57,21 +68,35 @@ const char* simt_instructions() {
   return text.c_str();
 }
 
-// `statements` are the rows' places in the source.
-Program* simt_program(const char* name, const Row* rows, size_t num_rows,
-                      const char* const* statements, const uint32_t* operands, size_t num_operands,
-                      const std::byte* constants, size_t constant_bytes, size_t register_bytes,
-                      size_t local_bytes, int global_granule, int shared_granule) {
+// What Python tells of a program. Its twin is `_Program` of machine.py.
+struct ProgramParts {
+  const char* name;
+  const Row* rows;
+  const char* const* statements;  // the rows' places in the source
+  size_t num_rows;
+  const uint32_t* operands;
+  size_t num_operands;
+  const std::byte* constants;
+  size_t constant_bytes, register_bytes, local_bytes;
+  const uint32_t* shared_gaps;  // pairs
+  size_t num_shared_gaps;
+  int32_t global_granule, shared_granule;
+};
+
+Program* simt_program(const ProgramParts* parts) {
   Program* program = new Program;
-  program->name = name;
-  program->statements.assign(statements, statements + num_rows);
-  program->operands.assign(operands, operands + num_operands);
-  program->constants.assign(constants, constants + constant_bytes);
-  program->register_bytes = register_bytes;
-  program->local_bytes = local_bytes;
-  program->global_granule = global_granule;
-  program->shared_granule = shared_granule;
-  for (const Row* row = rows; row != rows + num_rows; ++row) {
+  program->name = demangled(parts->name);
+  program->statements.assign(parts->statements, parts->statements + parts->num_rows);
+  program->operands.assign(parts->operands, parts->operands + parts->num_operands);
+  program->constants.assign(parts->constants, parts->constants + parts->constant_bytes);
+  program->register_bytes = parts->register_bytes;
+  program->local_bytes = parts->local_bytes;
+  for (size_t i = 0; i < parts->num_shared_gaps; ++i)
+    program->shared_gaps.emplace_back(parts->shared_gaps[2 * i], parts->shared_gaps[2 * i + 1]);
+  program->global_granule = parts->global_granule;
+  program->shared_granule = parts->shared_granule;
+  const Row* const rows = parts->rows;
+  for (const Row* row = rows; row != rows + parts->num_rows; ++row) {
     const Entry& entry = all_instructions()[row->entry];
     program->code.push_back(
         {entry.run, program->operands.data() + row->first_operand, row->immediate,

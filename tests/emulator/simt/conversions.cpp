@@ -71,6 +71,7 @@ void floats() {
   define<float(float)>("cvt.rmi.f32.f32", [](float a) { return std::floor(a); });
   define<float(float)>("cvt.rpi.f32.f32", [](float a) { return std::ceil(a); });
   define<double(double)>("cvt.rni.f64.f64", [](double a) { return std::nearbyint(a); });
+  define<double(double)>("cvt.rzi.f64.f64", [](double a) { return std::trunc(a); });
   define<double(double)>("cvt.rmi.f64.f64", [](double a) { return std::floor(a); });
   define<uint32_t(float)>("cvt.rna.tf32.f32", [](float a) { return to_tf32(a); });
   define<float(uint16_t)>("cvt.f32.f16", [](uint16_t a) { return from_f16(a); });

@@ -22,6 +22,7 @@ namespace simt {
 constexpr int kWarpSize = 32;
 using Mask = uint32_t;  // one bit per lane
 constexpr Mask kAllLanes = ~0u;
+constexpr int kNumBarriers = 16;  // of a block
 
 struct Warp;
 struct Block;
@@ -30,7 +31,7 @@ struct Instruction;
 
 using Handler = void (*)(Warp&, const Instruction&, Mask);  // does it for the lanes of the mask
 
-enum class Control : uint8_t { kNone, kBranch, kExit, kBarrier, kCollective };
+enum class Control : uint8_t { kNone, kBranch, kExit, kBarrier, kArrive, kCollective };
 enum class Space : uint8_t { kGlobal, kShared, kLocal, kGeneric, kParam };
 enum Order : uint8_t { kAcquire = 1, kRelease = 2, kStrong = 4 };  // bits
 
@@ -59,6 +60,7 @@ struct Program {
   std::vector<bool> is_label;
   std::vector<std::byte> constants;  // the first registers of every warp's file
   size_t register_bytes, local_bytes;
+  std::vector<std::pair<uint32_t, uint32_t>> shared_gaps;  // in shared memory, between variables
   // log2 of the narrowest access, which shadow memory can tell apart
   int global_granule, shared_granule;
 };
@@ -98,6 +100,15 @@ struct Group {
   uint32_t pc;
   Mask lanes;
   State state;
+  uint8_t barrier;  // at which of the block's it waits
+};
+
+// One of the barriers of a block. All threads meet at it, or as many as the first one says.
+struct Barrier {
+  uint32_t pc;                                    // where the first thread came from
+  uint32_t num_wanted;                            // 0: all threads
+  uint32_t num_arrived, num_true;                 // of the latter, whose predicate is true
+  std::vector<std::pair<int, uint32_t>> arrived;  // warps, if not all threads, and when
 };
 
 struct AsyncCopy {
@@ -121,6 +132,8 @@ struct Warp {
   std::vector<std::byte> local;  // of all lanes
 
   uint32_t synced;                    // time of the last bar.warp.sync of all lanes
+  std::vector<uint32_t> seen;         // [warp]: accesses of it before then happened before, by
+                                      // barriers of a part of the block
   std::vector<uint32_t> pair_synced;  // [lane * 32 + other], once there was one of some lanes
   struct {
     uint32_t time, warp_synced, block_synced;
@@ -140,7 +153,7 @@ struct Warp {
 };
 
 struct Block {
-  enum Granule : uint8_t { kUninitialised, kInFlight, kInitialised };
+  enum Granule : uint8_t { kUninitialised, kInFlight, kInitialised, kGap };
   Launch* launch;
   uint32_t index;
   uint32_t first_thread;  // its id
@@ -151,8 +164,8 @@ struct Block {
   std::vector<uint8_t> granules;  // state of shared memory
   uint32_t synced;                // time of the last barrier
   Clock acquired;                 // what other blocks did before
-  uint64_t num_at_barrier, num_exited;
-  uint32_t barrier_pc;
+  uint64_t num_exited;
+  Barrier barriers[kNumBarriers];
 };
 
 // One launch of a kernel; the faults are thrown out of run(). `buffers` are in the order of their
@@ -168,6 +181,7 @@ struct Launch {
 
   std::vector<Block> blocks;  // the resident ones
   std::vector<Warp*> ready;
+  Warp* running;
   uint32_t num_started = 0;
   uint32_t start_time;
   std::vector<uint32_t> block_order;
@@ -197,6 +211,8 @@ struct Launch {
   void run_group(Warp& warp, size_t group, int64_t& budget);
   bool arrive_collective(Warp& warp, size_t group);
   void arrive_barrier(Warp& warp, size_t group);
+  void open(Block& block, Barrier& barrier, uint8_t index);
+  [[noreturn]] void report_deadlock();
   void exit(Warp& warp, size_t group);
 };
 

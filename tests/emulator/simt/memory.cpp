@@ -105,6 +105,10 @@ std::byte* shared_memory(const Actor& actor, Access access, uint64_t offset, siz
               " bytes at byte " + std::to_string(offset));
   const size_t first = offset >> granule, count = num_bytes >> granule;
   uint8_t* states = &block.granules[first];
+  if (!launch.program.shared_gaps.empty() && std::memchr(states, Block::kGap, count))
+    fault(actor.warp, lane,
+          std::string("shared ") + verb(access) + " out of bounds: between two variables, byte " +
+              std::to_string(offset));
   if (access == Access::kWrite || stored) {
     std::fill_n(states, count, Block::kInitialised);
   } else {

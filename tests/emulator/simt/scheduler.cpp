@@ -77,6 +77,18 @@ void Launch::run() {
     run_slice(warp);
     if (warp.block->num_exited == dim.count() && num_started < num_blocks) start(*warp.block);
   }
+  for (const Block& block : blocks)
+    if (block.num_exited != dim.count()) report_deadlock();
+}
+
+void Launch::report_deadlock() {
+  for (Block& block : blocks)
+    for (Warp& warp : block.warps)
+      for (const Group& group : warp.groups) {
+        current = &program.code[group.pc];
+        fault(warp, first_lane(group.lanes), "it waits for ever at a barrier");
+      }
+  throw Fault(program.name + ": blocks wait for ever");
 }
 
 // The next block of the grid takes the place of `block`.
@@ -87,11 +99,16 @@ void Launch::start(Block& block) {
   block.first_thread = block.index * num_threads;
   block.synced = now;
   block.acquired.clear();
-  block.num_at_barrier = block.num_exited = 0;
+  block.num_exited = 0;
+  std::fill_n(block.barriers, kNumBarriers, Barrier{});
   constexpr size_t kAlignment = 1024;
   block.shared_memory.assign(shared_bytes + kAlignment, std::byte{0xFF});
   block.shared = aligned(block.shared_memory, kAlignment);
   block.granules.assign((shared_bytes >> program.shared_granule) + 1, Block::kUninitialised);
+  const uint32_t last = (1u << program.shared_granule) - 1;
+  for (const auto& [begin, end] : program.shared_gaps)
+    std::fill(block.granules.begin() + ((begin + last) >> program.shared_granule),
+              block.granules.begin() + (end >> program.shared_granule), Block::kGap);
   block.cells.assign(block.granules.size(), Cell{});
   block.warps.resize((num_threads + kWarpSize - 1) / kWarpSize);
   for (size_t w = 0; w < block.warps.size(); ++w) start(block, static_cast<int>(w));
@@ -104,8 +121,9 @@ void Launch::start(Block& block, int index) {
   warp.block = &block;
   warp.index = index;
   warp.exists = size == kWarpSize ? kAllLanes : (1u << size) - 1;
-  warp.groups.assign(1, Group{0, warp.exists, Group::kReady});
+  warp.groups.assign(1, Group{0, warp.exists, Group::kReady, 0});
   warp.synced = now;
+  warp.seen.clear();
   warp.pair_synced.clear();
   warp.copies.clear();
   warp.local.assign(program.local_bytes * kWarpSize, std::byte{0xFF});
@@ -139,6 +157,7 @@ void Launch::start(Block& block, int index) {
 
 // Run the warp until all its threads wait or have exited, or until another warp's turn comes.
 void Launch::run_slice(Warp& warp) {
+  running = &warp;
   int64_t budget = options.preempt > 0 ? 1 + random() % (2 * options.preempt) : kLongestSlice;
   num_instructions += budget;
   if (num_instructions > options.max_instructions) fault(warp, 0, "the kernel does not end");
@@ -212,7 +231,8 @@ void Launch::run_group(Warp& warp, size_t index, int64_t& budget) {
     const bool is_split = active != lanes;
     if (is_split) {  // those whose guard is false go on by themselves
       warp.groups[index].lanes = active;
-      warp.groups.push_back({pc + 1, lanes & ~active, Group::kReady});  // `pc` is no longer valid
+      warp.groups.push_back(
+          {pc + 1, lanes & ~active, Group::kReady, 0});  // `pc` is no longer valid
     }
     switch (instruction.control) {
       case Control::kBranch:
@@ -221,7 +241,10 @@ void Launch::run_group(Warp& warp, size_t index, int64_t& budget) {
       case Control::kExit:
         return exit(warp, index);
       case Control::kBarrier:
-        return arrive_barrier(warp, index);
+      case Control::kArrive:
+        arrive_barrier(warp, index);
+        if (warp.groups[index].state != Group::kReady) return;
+        break;
       case Control::kCollective:
         if (!arrive_collective(warp, index)) return;
         break;
@@ -274,43 +297,95 @@ bool Launch::arrive_collective(Warp& warp, size_t index) {
   const uint32_t next = group.pc + 1;
   group.lanes &= ~complete;
   group.state = Group::kAtCollective;
-  if (complete) warp.groups.push_back({next, complete, Group::kReady});
+  if (complete) warp.groups.push_back({next, complete, Group::kReady, 0});
   return false;
 }
 
-void Launch::arrive_barrier(Warp& warp, size_t index) {
-  Group& group = warp.groups[index];
+// A group comes to a barrier. Operands: its number, how many threads it is for or 0; of a reduction
+// a result in front and a predicate behind.
+void Launch::arrive_barrier(Warp& warp, size_t group_index) {
+  Group& group = warp.groups[group_index];
   Block& block = *warp.block;
+  const Instruction& instruction = program.code[group.pc];
+  const bool is_reduction = instruction.num_operands == 4;
   const int lane = first_lane(group.lanes);
-  if (block.num_exited)
+  const uint32_t index = warp.reg<uint32_t>(instruction.operands[is_reduction])[lane];
+  const uint32_t num_wanted = warp.reg<uint32_t>(instruction.operands[is_reduction + 1])[lane];
+  if (index >= kNumBarriers) fault(warp, lane, "there is no barrier " + std::to_string(index));
+  if (num_wanted % kWarpSize || num_wanted > (dim.count() + kWarpSize - 1) / kWarpSize * kWarpSize)
+    fault(warp, lane, "a barrier cannot be for " + std::to_string(num_wanted) + " threads");
+  Barrier& barrier = block.barriers[index];
+  if (!num_wanted && block.num_exited)
     fault(warp, lane,
           "barrier divergence: a thread waits at a barrier, others of its block have exited");
-  if (block.num_at_barrier && block.barrier_pc != group.pc)
+  if (barrier.num_arrived && !num_wanted && barrier.pc != group.pc)
     fault(warp, lane,
           "barrier divergence: other threads of the block wait at another barrier, " +
-              place(block.barrier_pc));
-  group.state = Group::kAtBarrier;
-  block.barrier_pc = group.pc;
-  block.num_at_barrier += __builtin_popcount(group.lanes);
-  if (block.num_at_barrier < dim.count()) return;
-  block.num_at_barrier = 0;
-  block.synced = ++now;
-  for (Warp& other : block.warps) {
-    for (Group& waiting : other.groups) {
-      waiting.state = Group::kReady;
-      ++waiting.pc;
-    }
-    if (&other != &warp) ready.push_back(&other);
+              place(barrier.pc));
+  if (barrier.num_arrived && barrier.num_wanted != num_wanted)
+    fault(warp, lane,
+          "barrier " + std::to_string(index) + ": others say it is for " +
+              std::to_string(barrier.num_wanted) + " threads, " + place(barrier.pc));
+  if (num_wanted && group.lanes != warp.exists)
+    fault(warp, lane, "warp divergence: a barrier of a part of the block is for whole warps");
+  barrier.pc = group.pc;
+  barrier.num_wanted = num_wanted;
+  if (is_reduction)
+    for (Mask lanes = group.lanes; lanes; lanes &= lanes - 1)
+      barrier.num_true += warp.reg<bool>(instruction.operands[3])[first_lane(lanes)];
+  if (num_wanted) barrier.arrived.emplace_back(warp.index, now++);
+  barrier.num_arrived += num_wanted ? kWarpSize : __builtin_popcount(group.lanes);
+  if (instruction.control == Control::kArrive) {
+    ++group.pc;
+  } else {
+    group.state = Group::kAtBarrier;
+    group.barrier = static_cast<uint8_t>(index);
   }
+  if (barrier.num_arrived < (num_wanted ? num_wanted : dim.count())) return;
+  if (barrier.num_arrived > num_wanted && num_wanted)
+    fault(warp, lane, "more threads than it is for come to barrier " + std::to_string(index));
+  open(block, barrier, static_cast<uint8_t>(index));
+}
+
+// All have come to a barrier: those who wait there go on.
+void Launch::open(Block& block, Barrier& barrier, uint8_t index) {
+  ++now;
+  if (!barrier.num_wanted) block.synced = now;
+  std::vector<uint32_t> seen(barrier.num_wanted ? block.warps.size() : 0);
+  for (const auto& [arrived, time] : barrier.arrived) {
+    const std::vector<uint32_t>& before = block.warps[arrived].seen;
+    for (size_t i = 0; i < before.size(); ++i) seen[i] = std::max(seen[i], before[i]);
+    seen[arrived] = std::max(seen[arrived], time + 1);
+  }
+  for (Warp& warp : block.warps) {
+    bool is_woken = false, was_ready = false;
+    for (Group& group : warp.groups) {
+      was_ready |= group.state == Group::kReady;
+      if (group.state != Group::kAtBarrier || group.barrier != index) continue;
+      const Instruction& instruction = program.code[group.pc];
+      if (instruction.run) instruction.run(warp, instruction, group.lanes);
+      group.state = Group::kReady;
+      ++group.pc;
+      is_woken = true;
+    }
+    if (!is_woken) continue;
+    if (barrier.num_wanted) {
+      warp.seen.resize(block.warps.size());
+      for (size_t i = 0; i < seen.size(); ++i) warp.seen[i] = std::max(warp.seen[i], seen[i]);
+    }
+    if (&warp != running && !was_ready) ready.push_back(&warp);
+  }
+  barrier = {};
 }
 
 void Launch::exit(Warp& warp, size_t index) {
   Block& block = *warp.block;
   const Mask lanes = warp.groups[index].lanes;
-  if (block.num_at_barrier)
-    fault(warp, first_lane(lanes),
-          "barrier divergence: a thread exits, others of its block wait at a barrier, " +
-              place(block.barrier_pc));
+  for (const Barrier& barrier : block.barriers)
+    if (barrier.num_arrived && !barrier.num_wanted)
+      fault(warp, first_lane(lanes),
+            "barrier divergence: a thread exits, others of its block wait at a barrier, " +
+                place(barrier.pc));
   block.num_exited += __builtin_popcount(lanes);
   warp.groups.erase(warp.groups.begin() + index);
 }

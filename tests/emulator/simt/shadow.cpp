@@ -52,6 +52,12 @@ bool happened_before(const Actor& actor, uint32_t who, uint32_t time) {
   if (scope == kGridFlag) return time < block.synced && is_acquired(block, who, time);
   if (!is_in(block, who)) return is_acquired(block, who, time);
   if (time < block.synced) return true;
+  if (!warp.seen.empty()) {
+    const uint32_t seen = scope == kBlockFlag
+                              ? *std::min_element(warp.seen.begin(), warp.seen.end())
+                              : warp.seen[(thread - block.first_thread) / kWarpSize];
+    if (time < seen) return true;
+  }
   if (scope == kBlockFlag) return false;
   const int other = static_cast<int>(thread - block.first_thread) - warp.index * kWarpSize;
   if (other < 0 || other >= kWarpSize) return false;

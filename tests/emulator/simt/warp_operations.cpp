@@ -99,6 +99,20 @@ void match_any(Warp& warp, const Instruction& i, Mask lanes) {
   });
 }
 
+// result, number of the barrier, number of threads or 0, predicate
+template <class Result, class F>
+void define_barrier(const char* name, const F& f) {
+  if (!kept<F>) kept<F> = new F(f);
+  table().push_back(
+      {name, std::string("=") + type_name<Result>() + " b32 b32 pred",
+       [](Warp& warp, const Instruction& i, Mask lanes) {
+         const Barrier& barrier = warp.block->barriers[warp.reg<uint32_t>(i.operands[1])[0]];
+         const Result result = (*kept<F>)(barrier.num_true, barrier.num_arrived);
+         for_lanes(lanes, [&](int lane) { warp.reg<Result>(i.operands[0])[lane] = result; });
+       },
+       Control::kBarrier});
+}
+
 void warp_barrier(Warp& warp, const Instruction&, Mask lanes) {
   ++now;
   if (lanes == kAllLanes) {
@@ -174,7 +188,13 @@ void define_warp_operations() {
   table().push_back({"ldmatrix.b16", "=b32* address", &load_matrix<false>, Control::kCollective});
   table().push_back(
       {"ldmatrix.trans.b16", "=b32* address", &load_matrix<true>, Control::kCollective});
-  table().push_back({"bar", "", nullptr, Control::kBarrier});
+  table().push_back({"bar.sync", "b32 b32", nullptr, Control::kBarrier});
+  table().push_back({"bar.arrive", "b32 b32", nullptr, Control::kArrive});
+  define_barrier<uint32_t>("bar.red.popc.u32",
+                           [](uint32_t num_true, uint32_t) { return num_true; });
+  define_barrier<bool>("bar.red.and.pred",
+                       [](uint32_t num_true, uint32_t n) { return num_true == n; });
+  define_barrier<bool>("bar.red.or.pred", [](uint32_t num_true, uint32_t) { return num_true > 0; });
   table().push_back({"bra", "", nullptr, Control::kBranch});
   table().push_back({"exit", "", nullptr, Control::kExit});
 }

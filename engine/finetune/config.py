@@ -47,6 +47,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
     warmup_fraction: float = 0.1  # of the steps, in which the rate rises from zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    recompute: bool = False  # activations of the blocks in backward: less memory, more time
     merge: bool = False  # save a plain model, where the method has one
     seed: int = 1337
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -191,6 +191,7 @@ def _attach(
     group: Group,
 ) -> Tuned:
     adapted = config.method.attach(model, num_steps)
+    model.recomputes_blocks = config.recompute
     module = data.task.make_module(model, data.train.examples).to(group.device)
     tuned = Tuned(data.task, module, adapted, tokenizer, max_len, config.batch_size)
     if not any(p.requires_grad for p in module.parameters()):

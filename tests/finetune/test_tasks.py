@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (text in Chinese)
 """Every task from end to end, on data that every machine has: the model that is loaded again beats a stated baseline on rows
 that it was not trained on.
 """
@@ -9,10 +10,11 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import ROOT
-from finetune_data import (
+from finetune_data import make_base
+from make_data import (
+    MODULES,
     documented_functions,
     letter_questions,
-    make_base,
     modules_of_snippets,
     number_translations,
     source_of,
@@ -60,8 +62,7 @@ def majority(answers):
 
 def test_classify(run):
     """Module of a snippet: far above the majority, one in six."""
-    modules = ["argparse", "_pydecimal", "tarfile", "typing", "inspect", "turtle"]
-    rows = modules_of_snippets(modules, 120)
+    rows = modules_of_snippets(MODULES, 120)
     outcome, tuned, test = run(Classify(), rows, num_test=120, epochs=5)
     predictions = predict(tuned, test)
     true = [row["label"] for row in test]
@@ -71,7 +72,7 @@ def test_classify(run):
     assert all(math.isclose(sum(p["probabilities"].values()), 1, rel_tol=1e-5) for p in predictions)
     assert outcome.report.pictures["confusion_matrix.png"].startswith(b"\x89PNG")
     assert set(outcome.report.metrics["labels"]) == {
-        *modules, "micro avg", "macro avg", "weighted avg",
+        *MODULES, "micro avg", "macro avg", "weighted avg",
     }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_tag(run):
 @pytest.mark.parametrize("score", ["likelihood", "head"])
 def test_rank(run, score):
     """The function that a docstring describes, among five: above the first candidate, one in five."""
-    rows = documented_functions(["inspect", "tarfile", "turtle", "argparse", "ast", "socket"], 5)
+    rows = documented_functions(MODULES, 4)
     _, tuned, test = run(Rank(score=score), rows, num_test=80, epochs=10, batch_size=8)
     predictions = predict(tuned, test)
     share = accuracy([row["chosen"] for row in test], [p["best"] for p in predictions])

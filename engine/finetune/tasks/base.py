@@ -2,7 +2,6 @@
 so that the fields of a fitted task are all that has to be saved of it.
 """
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ChatTemplate
 from ...generation.generator import Generator
+from ..decoder import decoder_of_tuned
 from ..methods import Adapted
 from ..modules import TaskModule
 from ..padding import IGNORED, PADDING, pad
@@ -67,7 +67,7 @@ class Tuned:
     def generator(self) -> Generator:
         """A generator of the model as it is when this is first asked for."""
         template = self.task.chat_template(self.tokenizer)
-        return Generator(plain_model(self.adapted), self.tokenizer, template)
+        return Generator(decoder_of_tuned(self.adapted), self.tokenizer, template)
 
     def predict(self, samples: Sequence[Any]) -> list[Prediction]:
         return self.task.predict(self, samples)
@@ -112,11 +112,6 @@ class Tuned:
             results |= zip(chosen, compute(tokens, targets).cpu(), strict=True)
         self.module.train(was_training)
         return iter([results[i] for i in range(len(examples))])
-
-
-def plain_model(adapted: Adapted) -> Any:
-    """A copy without additions, for the decode engine."""
-    return copy.deepcopy(adapted).merge().eval()
 
 
 @dataclass(frozen=True)

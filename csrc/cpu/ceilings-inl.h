@@ -6,9 +6,11 @@ static float read_memory(const uint8_t* p, int64_t bytes) {
   Vec sums[8];
   for (Vec& sum : sums) sum = zero();
   for (int64_t i = 0; i + 512 <= bytes; i += 512) {
-    __builtin_prefetch(p + i + 4096);
-    for (int v = 0; v < 8; ++v)
-      sums[v] = sums[v] + load(reinterpret_cast<const float*>(p + i) + v * kLanes);
+    for (int v = 0; v < 8; ++v) {
+      const uint8_t* at = p + i + v * 64;
+      __builtin_prefetch(at + 4096, 0, 2);
+      sums[v] = sums[v] + load(reinterpret_cast<const float*>(at));
+    }
   }
   Vec total = zero();
   for (const Vec& sum : sums) total = total + sum;

@@ -25,7 +25,8 @@ constexpr int64_t kStepBytes = 256;
 // Inputs are summed in blocks, and the blocks added: long sums lose less so. 256 steps are 64 KB of
 // a panel, which stay in the L2 cache.
 constexpr int64_t kBlockSteps = 256;
-// How far ahead of its products a tile of few rows asks for weights: it is bound by memory.
+// How far ahead of its products a tile of few rows asks for weights, for the L2 cache: it is bound
+// by memory, and the L1 cache has fewer requests under way at a time.
 constexpr int64_t kPrefetchBytes = 4096;
 
 struct Fp32Format {
@@ -57,7 +58,7 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
     typename Format::Weights weights[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = panel + step * kStepBytes + v * 64;
-      if constexpr (kRows <= 2) __builtin_prefetch(at + kPrefetchBytes);
+      if constexpr (kRows <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
       weights[v] = Format::load_weights(at);
     }
     for (int r = 0; r < kRows; ++r) {
@@ -113,7 +114,7 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
     Int8Weights bytes[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = weights + step * kStepBytes + v * 64;
-      if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes);
+      if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
       bytes[v] = load_int8_weights(at);
     }
     for (int r = 0; r < kTokens * kDigits; ++r) {
@@ -168,7 +169,7 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
     for (int step = 0; step < group_steps; ++step) {
       for (int v = 0; v < kVecs; ++v) {
         const uint8_t* at = group + step * kStepBytes + v * 64;
-        if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes);
+        if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
         if constexpr (kIsInt4) {
           Int8Weights low, high;
           load_int4_weights(at, low, high);

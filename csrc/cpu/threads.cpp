@@ -47,12 +47,18 @@ bool spin(Clock::duration time, const F& is_ready) {
 
 }  // namespace
 
-// A phase is published by its ticket: a number of the phase (high half) and the next item that
-// nobody has taken (low half). A thread takes items by moving the ticket on, which fails once the
-// phase is another one; the fields of a phase stay as they are until all of its items are done, so
-// whoever holds an item has read the right ones.
+// A phase gives each thread a range of its items, one after the other, so that each reads weights
+// as one stream, and the same ones in every step. Who has done its own takes the last ones of the
+// others. Whoever holds an item knows that the phase is not over, and that function and context are
+// those of the item.
 struct Team::State {
-  alignas(64) std::atomic<uint64_t> ticket{0};
+  // The items that nobody has taken: from the high half on, up to the low one.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> left{0};
+  };
+
+  std::vector<Range> ranges;  // of each thread
+  alignas(64) std::atomic<uint64_t> phase{0};
   std::atomic<int64_t> items{0};
   std::atomic<Function> function{nullptr};
   std::atomic<const void*> context{nullptr};
@@ -64,60 +70,69 @@ struct Team::State {
   std::condition_variable work, finished;
   std::vector<std::thread> workers;
 
-  static constexpr uint64_t kItemMask = 0xFFFFFFFF;
+  static uint64_t make_range(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+  static int64_t begin_of(uint64_t range) { return static_cast<int64_t>(range >> 32); }
+  static int64_t end_of(uint64_t range) { return static_cast<int64_t>(range & 0xFFFFFFFF); }
 
-  bool has_work(uint64_t t) const {
-    return static_cast<int64_t>(t & kItemMask) < items.load(std::memory_order_acquire);
+  // Take an item of a thread's range, the first one if it is the thread's own; -1: none is left.
+  int64_t take(int thread, bool is_own) {
+    std::atomic<uint64_t>& left = ranges[thread].left;
+    uint64_t range = left.load(std::memory_order_acquire);
+    while (begin_of(range) < end_of(range)) {
+      const int64_t begin = begin_of(range) + (is_own ? 1 : 0);
+      const int64_t end = end_of(range) - (is_own ? 0 : 1);
+      if (left.compare_exchange_weak(range, make_range(begin, end), std::memory_order_acq_rel,
+                                     std::memory_order_acquire)) {
+        return is_own ? begin - 1 : end;
+      }
+    }
+    return -1;
   }
 
   // Take and do items of the current phase until none are left.
   void help(int thread) {
-    const int threads = static_cast<int>(workers.size()) + 1;
-    uint64_t t = ticket.load(std::memory_order_acquire);
-    while (true) {
-      const int64_t count = items.load(std::memory_order_acquire);
-      const int64_t first = static_cast<int64_t>(t & kItemMask);
-      if (first >= count) return;
-      const Function f = function.load(std::memory_order_relaxed);
-      const void* c = context.load(std::memory_order_relaxed);
-      // large shares at first, single items at the end
-      const int64_t share = std::max<int64_t>(1, (count - first) / (4 * threads));
-      if (!ticket.compare_exchange_weak(t, t + static_cast<uint64_t>(share),
-                                        std::memory_order_acq_rel, std::memory_order_acquire)) {
-        continue;
+    const int threads = static_cast<int>(ranges.size());
+    int64_t count = 0;
+    for (int i = 0; i < threads; ++i) {
+      const int owner = (thread + i) % threads;
+      for (int64_t item; (item = take(owner, i == 0)) >= 0; ++count) {
+        const Function f = function.load(std::memory_order_relaxed);
+        f(context.load(std::memory_order_relaxed), item, thread);
       }
-      for (int64_t item = first; item < first + share; ++item) f(c, item, thread);
-      if (done.fetch_add(share, std::memory_order_seq_cst) + share == count &&
-          is_caller_sleeping.load(std::memory_order_seq_cst)) {
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_one();
-      }
-      t = ticket.load(std::memory_order_acquire);
+    }
+    if (count == 0) return;
+    const int64_t all = items.load(std::memory_order_relaxed);
+    if (done.fetch_add(count, std::memory_order_seq_cst) + count == all &&
+        is_caller_sleeping.load(std::memory_order_seq_cst)) {
+      std::lock_guard<std::mutex> lock(mutex);
+      finished.notify_one();
     }
   }
 
   void work_loop(int thread) {
+    uint64_t seen = 0;
     while (true) {
       const auto is_ready = [&] {
-        return has_work(ticket.load(std::memory_order_acquire)) ||
+        return phase.load(std::memory_order_seq_cst) != seen ||
                is_stopping.load(std::memory_order_relaxed);
       };
       if (!spin(kSpinForWork, is_ready)) {
         std::unique_lock<std::mutex> lock(mutex);
         sleeping_workers.fetch_add(1, std::memory_order_seq_cst);
-        work.wait(lock, [&] {
-          return has_work(ticket.load(std::memory_order_seq_cst)) ||
-                 is_stopping.load(std::memory_order_relaxed);
-        });
+        work.wait(lock, is_ready);
         sleeping_workers.fetch_sub(1, std::memory_order_seq_cst);
       }
       if (is_stopping.load(std::memory_order_relaxed)) return;
+      seen = phase.load(std::memory_order_seq_cst);
       help(thread);
     }
   }
 
   void start(int count) {
     is_stopping = false;
+    ranges = std::vector<Range>(count);
     for (int i = 1; i < count; ++i) workers.emplace_back([this, i] { work_loop(i); });
   }
 
@@ -193,12 +208,13 @@ void Team::run_erased(int64_t items, Function function, const void* context) {
   s.function.store(function, std::memory_order_relaxed);
   s.context.store(context, std::memory_order_relaxed);
   s.done.store(0, std::memory_order_relaxed);
-  const uint64_t phase = (s.ticket.load(std::memory_order_relaxed) >> 32) + 1;
-  // The old ticket must not look as if it had more items, so it is closed before the number of
-  // items changes.
-  s.ticket.store((phase << 32) | State::kItemMask, std::memory_order_seq_cst);
-  s.items.store(items, std::memory_order_release);
-  s.ticket.store((phase + 1) << 32, std::memory_order_seq_cst);
+  s.items.store(items, std::memory_order_relaxed);
+  const int64_t threads = num_threads();
+  for (int64_t t = 0; t < threads; ++t) {
+    s.ranges[t].left.store(State::make_range(items * t / threads, items * (t + 1) / threads),
+                           std::memory_order_release);
+  }
+  s.phase.fetch_add(1, std::memory_order_seq_cst);
   if (s.sleeping_workers.load(std::memory_order_seq_cst) > 0) {
     std::lock_guard<std::mutex> lock(s.mutex);
     s.work.notify_all();

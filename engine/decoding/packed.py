@@ -360,7 +360,8 @@ def _as_float32(values: np.ndarray) -> np.ndarray:
 
 def _allocate(size: int) -> np.ndarray:
     """Zeros, in huge pages where the system has them: fewer look-ups of addresses while weights stream by."""
-    memory = mmap.mmap(-1, max(size, _PAGE))
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has no huge pages by default
+    memory = mmap.mmap(-1, max(size, _PAGE), flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)

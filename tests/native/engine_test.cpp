@@ -20,6 +20,7 @@
 #include "isa.h"
 #include "threads.h"
 
+using namespace leangpt;
 using namespace leangpt::cpu;
 
 namespace {

@@ -22,7 +22,8 @@ std::vector<Row> admit(const Batch& batch, const ModelConfig& config, KvBlocks& 
       fail("token ids must be in [0, " + text(config.vocab_size) + "), got " + text(token));
     }
     Sequence& sequence = blocks.at(batch.sequences[i]);
-    const int64_t expected = sequence.length + new_tokens[batch.sequences[i]]++;
+    const int64_t place = sequence.length + new_tokens[batch.sequences[i]]++;
+    const int64_t expected = place - sequence.prefix;
     if (batch.positions[i] != expected) {
       fail("the next position of sequence " + text(batch.sequences[i]) + " is " + text(expected) +
            ", got " + text(batch.positions[i]));
@@ -31,7 +32,7 @@ std::vector<Row> admit(const Batch& batch, const ModelConfig& config, KvBlocks& 
       fail("a sequence holds at most " + text(config.max_seq_len) + " tokens, got " +
            text(expected + 1));
     }
-    rows[i] = {&sequence, expected, false};
+    rows[i] = {&sequence, expected, place, false};
   }
   for (int64_t i = 0; i < batch.num_outputs; ++i) {
     if (batch.output_rows[i] < 0 || batch.output_rows[i] >= batch.num_tokens) {
@@ -42,7 +43,7 @@ std::vector<Row> admit(const Batch& batch, const ModelConfig& config, KvBlocks& 
   blocks.reserve(new_tokens, copies);
   for (int64_t i = 0; i < batch.num_tokens; ++i) {
     const int64_t length = rows[i].sequence->length + new_tokens[batch.sequences[i]];
-    rows[i].is_last = rows[i].position == length - 1;
+    rows[i].is_last = rows[i].place == length - 1;
   }
   return rows;
 }

@@ -21,6 +21,7 @@ struct Batch {
 struct Row {
   Sequence* sequence;
   int64_t position;
+  int64_t place;  // in the cache: the position, behind the prefix
   bool is_last;  // of its sequence in this batch
 };
 

@@ -118,7 +118,7 @@ LEANGPT_EXPORT int leangpt_linear(const Matrix* w, const float* x, int64_t rows,
     linear.convert(*w, rows, [&](int64_t row, const cpu::Activations& a) {
       cpu::kernels().convert_row(x + row * stride, *w, a, row);
     });
-    linear.multiply(*w, rows, out, w->n, false, Activation::kNone);
+    linear.multiply(*w, rows, {out, w->n, false, Activation::kNone});
   });
 }
 
@@ -131,6 +131,18 @@ LEANGPT_EXPORT int leangpt_decoder_new(const Model* model, int kv_kind, int32_t 
 LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,
                                 const DrawSettings* settings, Drawn* out) {
   return guarded([&] { *out = cpu::draw(logits, vocab_size, *settings); });
+}
+
+LEANGPT_EXPORT int leangpt_add_adapter(Decoder* decoder, const LayerDeltas* layers,
+                                       int32_t* number) {
+  return guarded([&] { *number = decoder->add_adapter(layers); });
+}
+
+// leangpt_add_sequence with a prefix, an adapter, or both.
+LEANGPT_EXPORT int leangpt_add_adapted_sequence(Decoder* decoder, const float* keys,
+                                                const float* values, int64_t prefix,
+                                                int32_t adapter, int64_t* sequence) {
+  return guarded_work([&] { *sequence = decoder->add_sequence(keys, values, prefix, adapter); });
 }
 
 // Read memory on all threads, as products read their weights: for benchmarks to time.

@@ -18,17 +18,17 @@ int64_t KvBlocks::fork(int64_t sequence) {
 
 void KvBlocks::truncate(int64_t sequence, int64_t length) {
   Sequence& s = at(sequence);
-  if (length < 0 || length > s.length) {
+  if (length < 0 || length > s.length - s.prefix) {
     throw std::invalid_argument("sequence " + std::to_string(sequence) + " holds " +
-                                std::to_string(s.length) + " tokens: cannot keep the first " +
-                                std::to_string(length));
+                                std::to_string(s.length - s.prefix) +
+                                " tokens: cannot keep the first " + std::to_string(length));
   }
-  const size_t blocks = round_up(length, kBlockSize) / kBlockSize;
+  s.length = s.prefix + length;
+  const size_t blocks = round_up(s.length, kBlockSize) / kBlockSize;
   while (s.block_table.size() > blocks) {
     release_block(s.block_table.back());
     s.block_table.pop_back();
   }
-  s.length = length;
 }
 
 void KvBlocks::drop(int64_t sequence) {

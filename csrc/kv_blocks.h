@@ -19,7 +19,9 @@ struct CacheFull : std::runtime_error {
 
 struct Sequence {
   std::vector<int32_t> block_table;
-  int64_t length = 0;
+  int64_t length = 0;    // of what it holds in the cache
+  int64_t prefix = 0;    // places at its start that are not tokens, and have no positions
+  int32_t adapter = -1;  // its number in the decoder; -1: none
 };
 
 // What a page holds is to be copied to another, in every layer.
@@ -35,6 +37,7 @@ class KvBlocks {
 
   int64_t add();
   int64_t fork(int64_t sequence);
+  // Keep the prefix and the first `length` tokens.
   void truncate(int64_t sequence, int64_t length);
   void drop(int64_t sequence);
   // Throws std::invalid_argument for a sequence that is not there.

@@ -67,6 +67,14 @@ class Model(Structure):
     ]
 
 
+class Delta(Structure):
+    _fields_ = [("down", Matrix), ("up", Matrix), ("is_bottleneck", c_int32)]
+
+
+class LayerDeltas(Structure):
+    _fields_ = [(name, Delta) for name in ("qkv", "attn_out", "mlp_in", "mlp_out")]
+
+
 class Batch(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("tokens", "sequences", "positions")),
@@ -129,6 +137,11 @@ def library() -> ctypes.CDLL:
     lib.leangpt_unpack_row.argtypes = [POINTER(Matrix), c_int, c_void_p]
     lib.leangpt_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p]
     lib.leangpt_decoder_new.argtypes = [POINTER(Model), c_int, c_int32, POINTER(c_void_p)]
+    lib.leangpt_add_adapter.argtypes = [c_void_p, c_void_p, POINTER(c_int32)]
+    lib.leangpt_add_adapted_sequence.argtypes = [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int32),
+        POINTER(c_int64),
+    ]
     lib.leangpt_draw.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     check(lib.leangpt_isa(byref(ctypes.c_char_p())), lib)
     threads = os.environ.get("LEANGPT_THREADS")

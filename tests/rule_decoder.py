@@ -47,6 +47,9 @@ class RuleDecoder:
         self.error: type[BaseException] = KeyboardInterrupt
         self.permits: Semaphore | None = None  # one for each step; None: as many as it likes
 
+    def add_adapter(self, adapter: object) -> int:
+        raise ValueError("there are no weights to add to")
+
     def add_sequence(self) -> int:
         number = next(self.numbers)
         self.sequences[number] = []

@@ -539,7 +539,7 @@ class TestScore:
         assert scores[0].total_logprob == pytest.approx(15 * mean)
         assert scores[0].perplexity == pytest.approx(2.718281828459045**-mean)
         assert scores[1].total_logprob == 0 and scores[1].perplexity != scores[1].perplexity
-        assert generator.decoder._slots == {}
+        assert generator.decoder._sequences == {}
 
     def test_with_a_bos_token_every_token_has_one(self):
         model = small_model()
@@ -580,7 +580,7 @@ class TestRank:
             assert r.mean_logprob == pytest.approx(sum(full) / len(full))
         totals = [r.total_logprob for r in ranked]
         assert totals == sorted(totals, reverse=True)
-        assert generator.decoder._slots == {}
+        assert generator.decoder._sequences == {}
 
     def test_the_context_runs_once(self):
         generator = generator_of(by_hash)

@@ -241,7 +241,7 @@ class TestJoining:
 
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(work, range(num_threads)))
-        assert generator.decoder._slots == {}
+        assert generator.decoder._sequences == {}
 
 
 class TestCancelling:

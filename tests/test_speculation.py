@@ -165,7 +165,7 @@ class TestTheSameText:
                 )
                 assert a.logprobs == pytest.approx(b.logprobs, abs=1e-10)
                 assert [list(top) for top in a.top_logprobs] == [list(t) for t in b.top_logprobs]
-        assert generators[1].decoder._slots == {}
+        assert generators[1].decoder._sequences == {}
 
     def test_in_a_stream(self):
         params = SamplingParams(max_new_tokens=60, seed=2, ignore_eos=True)

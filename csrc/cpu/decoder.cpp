@@ -31,6 +31,44 @@ Decoder::Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks)
   }
 }
 
+int32_t Decoder::add_adapter(const LayerDeltas* layers) {
+  adapters_.emplace_back(layers, layers + model_.config.n_layer);
+  return static_cast<int32_t>(adapters_.size()) - 1;
+}
+
+int64_t Decoder::add_sequence(const float* keys, const float* values, int64_t prefix,
+                              int32_t adapter) {
+  if (adapter < -1 || adapter >= static_cast<int64_t>(adapters_.size())) {
+    throw std::invalid_argument("there is no adapter " + std::to_string(adapter) +
+                                ": add_adapter gives its number");
+  }
+  const int64_t number = blocks_.add();
+  std::vector<BlockCopy> copies;  // none: it shares no page
+  try {
+    blocks_.reserve({{number, prefix}}, &copies);
+  } catch (const CacheFull&) {
+    blocks_.drop(number);
+    throw;
+  }
+  Sequence& sequence = blocks_.at(number);
+  const int D = model_.config.head_dim, H_kv = model_.config.n_kv_head;
+  Team::get().run(model_.config.n_layer * H_kv, [&](int64_t item, int) {
+    const int layer = static_cast<int>(item / H_kv), head = static_cast<int>(item % H_kv);
+    alignas(64) float key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
+    for (int64_t i = 0; i < prefix; ++i) {
+      const int64_t first = ((layer * prefix + i) * H_kv + head) * D;
+      std::copy_n(keys + first, D, key);
+      std::copy_n(values + first, D, value);
+      kernels().append_kv(key, value, D, cache_.kind(),
+                          cache_.page(layer, head, sequence.block_table[i / kLanes]),
+                          cache_.value_offset(), static_cast<int>(i % kLanes), i == prefix - 1);
+    }
+  });
+  sequence.length = sequence.prefix = prefix;
+  sequence.adapter = adapter;
+  return number;
+}
+
 void Decoder::prepare(const Batch& batch) {
   const ModelConfig& config = model_.config;
   std::vector<BlockCopy> copies;
@@ -48,6 +86,20 @@ void Decoder::prepare(const Batch& batch) {
       tiles_.push_back({i, 1});
     }
   }
+
+  adapted_.clear();
+  for (int64_t i = 0; i < batch.num_tokens; ++i) {
+    const int32_t adapter = rows_[i].sequence->adapter;
+    if (adapter < 0) continue;
+    const auto found =
+        std::find_if(adapted_.begin(), adapted_.end(),
+                     [&](const AdaptedRows& group) { return group.adapter == adapter; });
+    if (found != adapted_.end()) {
+      found->rows.push_back(i);
+    } else {
+      adapted_.push_back({adapter, {i}});
+    }
+  }
 }
 
 void Decoder::normalize(const float* x, const float* weight, const float* bias, float* out) const {
@@ -59,27 +111,110 @@ void Decoder::normalize(const float* x, const float* weight, const float* bias, 
   }
 }
 
-// out = activation(norm(stream) w^T + bias)
-void Decoder::norm_and_multiply(const float* weight, const float* bias, const Matrix& w, float* out,
-                                int64_t stride, Activation activation) {
+// out (rows, round_up(n, 64)) = activation(x down^T) up^T for some rows of x.
+void Decoder::multiply_delta(const Delta& delta, const std::vector<int64_t>& rows, const float* x,
+                             int64_t stride, float* out) {
+  const int64_t count = static_cast<int64_t>(rows.size());
+  const int64_t rank = round_up(delta.down.n, kLanes);
+  float* narrow = narrow_.get(count * rank);
+  linear_.convert(delta.down, count, [&](int64_t i, const Activations& a) {
+    kernels().convert_row(x + rows[i] * stride, delta.down, a, i);
+  });
+  linear_.multiply(
+      delta.down, count,
+      {narrow, rank, false, delta.is_bottleneck ? Activation::kGeluTanh : Activation::kNone});
+  linear_.convert(delta.up, count, [&](int64_t i, const Activations& a) {
+    kernels().convert_row(narrow + i * rank, delta.up, a, i);
+  });
+  linear_.multiply(delta.up, count,
+                   {out, round_up(delta.up.n, kPanelWidth), false, Activation::kNone});
+}
+
+// What low-rank deltas add to the product of each row of x; null where they add nothing to any.
+const float* const* Decoder::low_rank_products(int layer, Delta LayerDeltas::* of, const float* x,
+                                               int64_t stride) {
+  const auto low_rank = [&](const AdaptedRows& group) -> const Delta* {
+    const Delta& delta = adapters_[group.adapter][layer].*of;
+    return delta.down.data && !delta.is_bottleneck ? &delta : nullptr;
+  };
+  int64_t floats = 0;
+  for (const AdaptedRows& group : adapted_) {
+    const Delta* delta = low_rank(group);
+    if (delta)
+      floats += round_up(delta->up.n, kPanelWidth) * static_cast<int64_t>(group.rows.size());
+  }
+  if (floats == 0) return nullptr;
+  float* out = products_.get(floats);
+  addends_.assign(rows_.size(), nullptr);
+  for (const AdaptedRows& group : adapted_) {
+    const Delta* delta = low_rank(group);
+    if (delta == nullptr) continue;
+    multiply_delta(*delta, group.rows, x, stride, out);
+    for (int64_t row : group.rows) {
+      addends_[row] = out;
+      out += round_up(delta->up.n, kPanelWidth);
+    }
+  }
+  return addends_.data();
+}
+
+// out = activation(norm(stream) w^T + bias), with the deltas of the rows that have some
+void Decoder::norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
+                                Delta LayerDeltas::* of, float* out, int64_t stride,
+                                Activation activation) {
   const int64_t N = static_cast<int64_t>(rows_.size()), C = round_up(model_.config.n_embd, kLanes);
   const float* x = stream_.get(0);
   float* normed = normed_.get(N * C);
+  const bool has_deltas = !adapted_.empty();
+  const float* const* addends = nullptr;
+  if (has_deltas) {  // they read all rows before the matrix does
+    Team::get().run(
+        N, [&](int64_t row, int) { normalize(x + row * C, weight, bias, normed + row * C); });
+    addends = low_rank_products(layer, of, normed, C);
+  }
   linear_.convert(w, N, [&](int64_t row, const Activations& a) {
-    normalize(x + row * C, weight, bias, normed + row * C);
+    if (!has_deltas) normalize(x + row * C, weight, bias, normed + row * C);
     kernels().convert_row(normed + row * C, w, a, row);
   });
-  linear_.multiply(w, N, out, stride, false, activation);
+  linear_.multiply(w, N, {out, stride, false, activation, addends});
 }
 
-// stream += x w^T + bias
-void Decoder::add_product(const float* x, int64_t stride, const Matrix& w) {
-  const int64_t N = static_cast<int64_t>(rows_.size());
+// stream += x w^T + bias, with the deltas of the rows that have some
+void Decoder::add_product(const float* x, int64_t stride, const Matrix& w, int layer,
+                          Delta LayerDeltas::* of) {
+  const int64_t N = static_cast<int64_t>(rows_.size()), C = round_up(model_.config.n_embd, kLanes);
+  float* stream = stream_.get(0);
+  const float* const* addends = low_rank_products(layer, of, x, stride);
   linear_.convert(w, N, [&](int64_t row, const Activations& a) {
     kernels().convert_row(x + row * stride, w, a, row);
   });
-  linear_.multiply(w, N, stream_.get(0), round_up(model_.config.n_embd, kLanes), true,
-                   Activation::kNone);
+  const auto bottleneck = [&](const AdaptedRows& group) -> const Delta* {
+    const Delta& delta = adapters_[group.adapter][layer].*of;
+    return delta.down.data && delta.is_bottleneck ? &delta : nullptr;
+  };
+  if (std::none_of(adapted_.begin(), adapted_.end(), bottleneck)) {
+    linear_.multiply(w, N, {stream, C, true, Activation::kNone, addends});
+    return;
+  }
+  // a bottleneck reads the product before it is in the stream
+  Team& team = Team::get();
+  float* branch = branch_.get(N * C);
+  linear_.multiply(w, N, {branch, C, false, Activation::kNone, addends});
+  for (const AdaptedRows& group : adapted_) {
+    const Delta* delta = bottleneck(group);
+    if (delta == nullptr) continue;
+    const int64_t count = static_cast<int64_t>(group.rows.size());
+    const int64_t width = round_up(delta->up.n, kPanelWidth);
+    float* products = products_.get(count * width);
+    multiply_delta(*delta, group.rows, branch, C, products);
+    team.run(count, [&](int64_t i, int) {
+      float* y = branch + group.rows[i] * C;
+      for (int64_t c = 0; c < C; ++c) y[c] += products[i * width + c];
+    });
+  }
+  team.run(N, [&](int64_t row, int) {
+    for (int64_t c = row * C; c < (row + 1) * C; ++c) stream[c] += branch[c];
+  });
 }
 
 void Decoder::run_blocks(const Batch& batch) {
@@ -116,7 +251,8 @@ void Decoder::run_blocks(const Batch& batch) {
   const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(D));
   for (int layer = 0; layer < config.n_layer; ++layer) {
     const Layer& l = model_.layers[layer];
-    norm_and_multiply(l.norm_1_weight, l.norm_1_bias, l.qkv, qkv, qkv_width, Activation::kNone);
+    norm_and_multiply(l.norm_1_weight, l.norm_1_bias, l.qkv, layer, &LayerDeltas::qkv, qkv,
+                      qkv_width, Activation::kNone);
     team.run(N, [&](int64_t row, int) {
       float* q = qkv + row * qkv_width;
       float* keys = q + H * D;
@@ -132,19 +268,19 @@ void Decoder::run_blocks(const Batch& batch) {
         if (rotations) k.rotate(x, rotations + row * D, rotations + row * D + D / 2, D);
         if (head < H) k.scale(x, softmax_scale, D, x);
       }
-      const int64_t position = rows_[row].position;
-      const int32_t block = rows_[row].sequence->block_table[position / kLanes];
+      const int64_t place = rows_[row].place;
+      const int32_t block = rows_[row].sequence->block_table[place / kLanes];
       for (int head = 0; head < H_kv; ++head) {
         k.append_kv(keys + head * D, values + head * D, D, cache_.kind(),
                     cache_.page(layer, head, block), cache_.value_offset(),
-                    static_cast<int>(position % kLanes), rows_[row].is_last);
+                    static_cast<int>(place % kLanes), rows_[row].is_last);
       }
     });
     attend(layer, qkv, attended);
-    add_product(attended, attended_width, l.attn_out);
-    norm_and_multiply(l.norm_2_weight, l.norm_2_bias, l.mlp_in, inner, inner_width,
-                      config.activation);
-    add_product(inner, inner_width, l.mlp_out);
+    add_product(attended, attended_width, l.attn_out, layer, &LayerDeltas::attn_out);
+    norm_and_multiply(l.norm_2_weight, l.norm_2_bias, l.mlp_in, layer, &LayerDeltas::mlp_in, inner,
+                      inner_width, config.activation);
+    add_product(inner, inner_width, l.mlp_out, layer, &LayerDeltas::mlp_out);
   }
   for (int64_t i = 0; i < N; ++i) ++rows_[i].sequence->length;
 }
@@ -160,14 +296,14 @@ void Decoder::attend(int layer, const float* qkv, float* out) {
   // query heads of one key head that attend together, and how many times until all have
   const int heads_per_kv = H / H_kv, together = std::min(heads_per_kv, k.max_queries);
   const int turns = (heads_per_kv + together - 1) / together;
-  const auto first_key = [&](int64_t position) {
-    return config.sliding_window ? std::max<int64_t>(0, position + 1 - config.sliding_window) : 0;
+  const auto first_key = [&](int64_t place) {
+    return config.sliding_window ? std::max<int64_t>(0, place + 1 - config.sliding_window) : 0;
   };
   const auto first_chunk = [&](const Tile& tile) {
-    return static_cast<int>(first_key(rows_[tile.first_row].position) / kChunkKeys);
+    return static_cast<int>(first_key(rows_[tile.first_row].place) / kChunkKeys);
   };
   const auto last_chunk = [&](const Tile& tile) {
-    return static_cast<int>(rows_[tile.first_row + tile.rows - 1].position / kChunkKeys) + 1;
+    return static_cast<int>(rows_[tile.first_row + tile.rows - 1].place / kChunkKeys) + 1;
   };
 
   // `f(query, row, head)` for the queries of an item.
@@ -180,8 +316,8 @@ void Decoder::attend(int layer, const float* qkv, float* out) {
       for (int head = first_head; head < end_head; ++head) {
         const int query = a.num_queries++;
         a.queries[query] = qkv + row * qkv_width + head * D;
-        a.first_key[query] = static_cast<int32_t>(first_key(rows_[row].position));
-        a.last_key[query] = static_cast<int32_t>(rows_[row].position + 1);
+        a.first_key[query] = static_cast<int32_t>(first_key(rows_[row].place));
+        a.last_key[query] = static_cast<int32_t>(rows_[row].place + 1);
         f(query, row, head);
       }
     }
@@ -260,7 +396,7 @@ void Decoder::screened_logits(int64_t count, const DrawSettings* settings, float
     });
   };
   convert(model_.screen);
-  linear_.multiply(model_.screen, count, logits, V, false, Activation::kNone);
+  linear_.multiply(model_.screen, count, {logits, V, false, Activation::kNone});
 
   std::vector<char> is_needed(model_.head.panels(), 0);
   for (int64_t i = 0; i < count; ++i) {
@@ -320,7 +456,7 @@ void Decoder::for_logits(const Batch& batch, float* out, const DrawSettings* set
       linear_.convert(model_.head, count, [&](int64_t i, const Activations& a) {
         kernels().convert_row(normed + i * C, model_.head, a, i);
       });
-      linear_.multiply(model_.head, count, logits, V, false, Activation::kNone);
+      linear_.multiply(model_.head, count, {logits, V, false, Activation::kNone});
     }
     Team::get().run(count, [&](int64_t i, int) { f(first + i, logits + i * V); });
   }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../adapter.h"
 #include "../batch.h"
 #include "../model.h"
 #include "buffer.h"
@@ -23,6 +24,12 @@ class Decoder {
   Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks);
 
   KvBlocks& blocks() { return blocks_; }
+
+  // The number of an adapter of `n_layer` layers, whose matrices must outlive the decoder.
+  int32_t add_adapter(const LayerDeltas* layers);
+  // A sequence with these keys and values (n_layer, prefix, n_kv_head, head_dim) in front, whose
+  // tokens go through an adapter (-1: none). Throws std::invalid_argument or CacheFull.
+  int64_t add_sequence(const float* keys, const float* values, int64_t prefix, int32_t adapter);
 
   // Append the tokens to their sequences; write (num_outputs, n_embd) hidden states behind the
   // final norm, (num_outputs, vocab_size) logits, or the log-probability of each target. Throws
@@ -40,12 +47,24 @@ class Decoder {
     int rows;
   };
 
+  // The rows whose sequences have the same adapter.
+  struct AdaptedRows {
+    int32_t adapter;
+    std::vector<int64_t> rows;
+  };
+
   void prepare(const Batch& batch);
   void run_blocks(const Batch& batch);
   void attend(int layer, const float* qkv, float* out);
-  void norm_and_multiply(const float* weight, const float* bias, const Matrix& w, float* out,
-                         int64_t stride, Activation activation);
-  void add_product(const float* x, int64_t stride, const Matrix& w);
+  void multiply_delta(const Delta& delta, const std::vector<int64_t>& rows, const float* x,
+                      int64_t stride, float* out);
+  const float* const* low_rank_products(int layer, Delta LayerDeltas::* of, const float* x,
+                                        int64_t stride);
+  void norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
+                         Delta LayerDeltas::* of, float* out, int64_t stride,
+                         Activation activation);
+  void add_product(const float* x, int64_t stride, const Matrix& w, int layer,
+                   Delta LayerDeltas::* of);
   void normalize(const float* x, const float* weight, const float* bias, float* out) const;
   // Calls f(i, logits) for each output row. Logits are written to `out`, or to scratch where that
   // is null. With settings, those that cannot be drawn may be the lowest float instead.
@@ -59,8 +78,12 @@ class Decoder {
   KvCache cache_;
   std::vector<Row> rows_;
   std::vector<Tile> tiles_;
+  std::vector<std::vector<LayerDeltas>> adapters_;  // by number, of each layer
+  std::vector<AdaptedRows> adapted_;
+  std::vector<const float*> addends_;  // of each row, or null
   Linear linear_;
   Buffer<float> stream_, normed_, qkv_, attended_, inner_, states_, rotations_, logits_;
+  Buffer<float> narrow_, products_, branch_;  // of deltas
 };
 
 }  // namespace leangpt::cpu

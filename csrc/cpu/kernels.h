@@ -61,6 +61,9 @@ struct Epilogue {
   int64_t stride;
   bool adds;  // to what is there
   Activation activation;
+  // for each row what is added in front of the activation, round_up(n, 64) floats, or null; null:
+  // nothing for any
+  const float* const* addends = nullptr;
 };
 
 struct Kernels {

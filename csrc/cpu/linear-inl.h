@@ -261,15 +261,18 @@ static void finish_tile(const Matrix& w, const float* tile, int rows, int panel,
   const int64_t first_column = static_cast<int64_t>(panel) * kPanelWidth;
   for (int r = 0; r < rows; ++r) {
     float* out = e.out + r * e.stride;
+    const float* addend = e.addends ? e.addends[r] : nullptr;
     for (int v = 0; v < kPanelVecs; ++v) {
       const int64_t column = first_column + v * kLanes;
       Vec value = load(tile + r * kPanelWidth + v * kLanes);
       if (w.bias) value = value + load(w.bias + column);
+      if (addend) value = value + load(addend + column);
       if (is_gated) {  // Vecs alternate between gate and up
         if (column / 2 >= e.stride) break;
         ++v;
         Vec up = load(tile + r * kPanelWidth + v * kLanes);
         if (w.bias) up = up + load(w.bias + column + kLanes);
+        if (addend) up = up + load(addend + column + kLanes);
         const Vec gate = value / (broadcast(1.0f) + exp(zero() - value));
         store(out + column / 2, gate * up);
         continue;

@@ -26,15 +26,15 @@ void Linear::multiply_some(const Matrix& w, int64_t rows, int64_t panels, const 
     const int64_t first_row = item / panels * kRowBlock;
     Epilogue shifted = epilogue;
     shifted.out += first_row * epilogue.stride;
+    if (epilogue.addends) shifted.addends += first_row;
     kernels().linear_tile(
         w, activations_, first_row, static_cast<int>(std::min(kRowBlock, rows - first_row)),
         static_cast<int>(panel_of(item % panels)), room + thread * kTileFloats, shifted);
   });
 }
 
-void Linear::multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
-                      Activation activation) {
-  multiply_some(w, rows, w.panels(), [](int64_t i) { return i; }, {out, stride, adds, activation});
+void Linear::multiply(const Matrix& w, int64_t rows, const Epilogue& epilogue) {
+  multiply_some(w, rows, w.panels(), [](int64_t i) { return i; }, epilogue);
 }
 
 void Linear::multiply_panels(const Matrix& w, int64_t rows, const std::vector<int32_t>& panels,

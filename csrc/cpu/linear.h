@@ -18,9 +18,8 @@ class Linear {
   template <class F>
   void convert(const Matrix& w, int64_t rows, const F& f);
 
-  // out (rows, stride) = activation(rows w^T + bias), or += if it adds.
-  void multiply(const Matrix& w, int64_t rows, float* out, int64_t stride, bool adds,
-                Activation activation);
+  // What `epilogue` says of rows w^T + bias.
+  void multiply(const Matrix& w, int64_t rows, const Epilogue& epilogue);
   // Only the given panels of out = rows w^T + bias.
   void multiply_panels(const Matrix& w, int64_t rows, const std::vector<int32_t>& panels,
                        float* out, int64_t stride);

@@ -12,11 +12,15 @@ from typing import ClassVar
 from leangpt.kernels import decode
 
 from ..config import GPTConfig
+from .adapter import Adapter, Prefix
 from .native_decoder import NativeDecoder
 from .packed import PackedModel
 from .weight_format import WeightFormat
 
 _MAX_HEAD_DIM = 256
+_NOT_HERE = (
+    "do not run on the CUDA decode engine: merge them, or use device='cpu' or a TorchDecoder"
+)
 _CACHE_SHARE = 0.8  # of the memory that the weights leave free
 
 
@@ -61,6 +65,14 @@ class CudaDecoder(NativeDecoder):
     ) -> None:
         self.device = device
         super().__init__(packed, num_blocks, kv_dtype)
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        raise ValueError(f"adapters {_NOT_HERE}")
+
+    def add_sequence(self, prefix: Prefix | None = None, adapter: int | None = None) -> int:
+        if prefix is not None or adapter is not None:
+            raise ValueError(f"prefixes and adapters {_NOT_HERE}")
+        return super().add_sequence()
 
     def _load(self) -> CDLL:
         lib = decode.cuda_library()

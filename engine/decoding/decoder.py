@@ -11,6 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from ..config import GPTConfig
+from .adapter import Adapter, Prefix
 from .sampling import Draw, RowSampling
 
 Output = Literal["logits", "hidden", "logprob_of"]
@@ -38,8 +39,25 @@ class Decoder(Protocol):
         """Pages of the cache; None: it grows as needed."""
         ...
 
-    def add_sequence(self) -> int:
-        """Start an empty sequence; the number that it goes by."""
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Make room for what fine-tuning added to the model; the number by which sequences are given it.
+
+        Raises:
+            ValueError: it does not fit the model, or this decoder does not run any.
+        """
+        ...
+
+    def add_sequence(self, prefix: Prefix | None = None, adapter: int | None = None) -> int:
+        """Start an empty sequence; the number that it goes by.
+
+        Args:
+            prefix: stands in front of it; takes room in the cache, but no positions.
+            adapter: from `add_adapter`, for the tokens of this sequence and its forks alone.
+
+        Raises:
+            ValueError: the prefix does not fit the model, the adapter is unknown, or this decoder does not run any.
+            CacheFull: there is no page for the prefix.
+        """
         ...
 
     def fork(self, sequence: int) -> int:

@@ -55,22 +55,25 @@ class KVCache:
         self.lengths[slot] = 0
         self._free.append(slot)
 
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of that length."""
-        if length > self.max_seq_len:
-            raise ValueError(f"a sequence holds at most {self.max_seq_len} tokens, got {length}")
+    def reserve(self, length: int, prefix: int = 0) -> None:
+        """Make room for sequences of that length, the first `prefix` of which are not tokens."""
+        limit = self.max_seq_len + prefix
+        if length > limit:
+            raise ValueError(
+                f"a sequence holds at most {self.max_seq_len} tokens, got {length - prefix}"
+            )
         if length > self._capacity:
-            capacity = min(max(length, 2 * self._capacity, 16), self.max_seq_len)
+            capacity = min(max(length, 2 * self._capacity, 16), limit)
             self._resize(len(self.lengths), capacity)
             self._capacity = capacity
 
-    def append(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values `(B, T, H_kv, D)` of slots `(B,)` at positions `(B, T)`, which are reserved.
+    def append(self, layer: int, slots: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write the keys and values `(B, T, H_kv, D)` of slots `(B,)` at places `(B, T)`, which are reserved.
 
         They count once the decoder has set `lengths`, after the last layer.
         """
-        self.keys[layer][slots[:, None], positions] = k
-        self.values[layer][slots[:, None], positions] = v
+        self.keys[layer][slots[:, None], places] = k
+        self.values[layer][slots[:, None], places] = v
 
     def read(self, layer: int, slots: list[int], length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of some slots, `(B, length, H_kv, D)` each.

@@ -6,7 +6,7 @@ number of threads.
 
 import os
 from collections.abc import Sequence
-from ctypes import CDLL, byref, c_int64, c_void_p
+from ctypes import CDLL, byref, c_int32, c_int64, c_void_p
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
@@ -16,8 +16,10 @@ import numpy as np
 from leangpt.kernels import decode
 
 from ..config import GPTConfig
+from .adapter import Adapter, Prefix
 from .decoder import CacheFull, Ints, Output
 from .packed import PackedModel, pack
+from .packed_adapter import PackedAdapter
 from .sampling import Draw, RowSampling
 from .weight_format import WeightFormat
 
@@ -70,6 +72,7 @@ class NativeDecoder:
         self._lib = self._load()
         self._model = packed.model()
         self._handle: c_void_p | None = None
+        self._adapters: list[PackedAdapter] = []  # by number
         self.kv_dtype = kv_dtype or self._default_kv_dtypes[packed.format.kind]
         known = [name for name in _KV_DTYPES if name in self._default_kv_dtypes.values()]
         if self.kv_dtype not in known:
@@ -147,8 +150,31 @@ class NativeDecoder:
     def num_free_blocks(self) -> int:
         return self._lib.leangpt_free_blocks(self._handle)
 
-    def add_sequence(self) -> int:
-        return self._lib.leangpt_add_sequence(self._handle)
+    def add_adapter(self, adapter: Adapter) -> int:
+        packed, number = PackedAdapter(adapter, self.config), c_int32()
+        self._check(self._lib.leangpt_add_adapter(self._handle, packed.layers, byref(number)))
+        self._adapters.append(packed)
+        return number.value
+
+    def add_sequence(self, prefix: Prefix | None = None, adapter: int | None = None) -> int:
+        if prefix is None and adapter is None:
+            return self._lib.leangpt_add_sequence(self._handle)
+        if adapter is not None and not 0 <= adapter < len(self._adapters):
+            raise ValueError(f"there is no adapter {adapter}: add_adapter gives its number")
+        keys = values = None
+        if prefix is not None:
+            prefix.check(self.config)
+            keys, values = (
+                np.ascontiguousarray(array, np.float32) for array in (prefix.keys, prefix.values)
+            )
+        sequence = c_int64()
+        status = self._lib.leangpt_add_adapted_sequence(
+            *(self._handle, decode.address(keys), decode.address(values)),
+            *(0 if prefix is None else len(prefix), -1 if adapter is None else adapter),
+            byref(sequence),
+        )
+        self._check(status)
+        return sequence.value
 
     def fork(self, sequence: int) -> int:
         copy = c_int64()

@@ -54,10 +54,18 @@ def native_extensions() -> list[Extension]:
     return [
         CppExtension(
             "leangpt.kernels._C",
-            ["csrc/bindings.cpp"],
+            [
+                *("csrc/bindings.cpp", "csrc/bindings_train.cpp", "csrc/cpu/isa.cpp"),
+                *sorted(glob("csrc/train/*.cpp")),
+            ],
             depends=headers,
             py_limited_api=True,  # no libtorch_python: the library knows nothing of Python
-            extra_compile_args=["-O3", "-g0"],  # torch adds the -std that its headers need
+            # torch adds the -std that its headers need; with OpenMP its parallel_for runs on its own threads
+            extra_compile_args=[
+                *("-O3", "-g0", "-fopenmp", "-ffp-contract=off"),
+                *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function"),
+            ],
+            extra_link_args=["-fopenmp"],
         ),
         Extension(
             "leangpt.kernels._engine",

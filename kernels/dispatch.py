@@ -21,7 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, native_ops, reference
+from .native_ops import compute_dtype
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 
@@ -33,7 +34,7 @@ triton_devices: set[str] = set()
 triton_unavailable_reason: str | None = "not loaded: there is no GPU"
 
 _modules: dict[Backend, ModuleType | None] = {
-    "native": native,
+    "native": native_ops,
     "triton": None,  # see enable_triton
     "reference": reference,
 }
@@ -94,6 +95,11 @@ def _obstacle(backend: Backend, op: str, tensor: Tensor, needs_grad: bool) -> st
             return f"the native extension has no {op}"
         if needs_grad and op not in native.DIFFERENTIABLE:
             return f"the native {op} has no backward"
+        if tensor.device.type != "cpu":
+            return f"native ops run on cpu, not on {tensor.device.type}"
+        for dtype in (tensor.dtype, compute_dtype(tensor)):
+            if dtype not in native_ops.DTYPES:
+                return f"native ops compute in float32 and bfloat16, not in {dtype}"
     if backend == "triton":
         if triton_unavailable_reason:
             return f"Triton is {triton_unavailable_reason}"
@@ -105,13 +111,6 @@ def _obstacle(backend: Backend, op: str, tensor: Tensor, needs_grad: bool) -> st
         if tensor.dtype == torch.float64:
             return "Triton kernels compute in float32, not in float64"
     return None
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """In which products of this tensor are formed."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
 
 
 def select(op: str, *tensors: Tensor | None) -> ModuleType:
@@ -126,7 +125,7 @@ def select(op: str, *tensors: Tensor | None) -> ModuleType:
     for backend, module in _modules.items():
         if backend == "triton" and (
             op in LIBRARY_OPS
-            or (op in LIBRARY_OPS_FLOAT32 and _compute_dtype(given[0]) == torch.float32)
+            or (op in LIBRARY_OPS_FLOAT32 and compute_dtype(given[0]) == torch.float32)
         ):
             continue
         if _obstacle(backend, op, given[0], needs_grad) is None:

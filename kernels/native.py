@@ -1,4 +1,4 @@
-"""Load the compiled extension (csrc/) and describe its ops to torch.compile.
+"""Load the compiled extension (csrc/), whose ops `native_ops.py` calls.
 
 The library has no Python binding of its own: loading it registers `torch.ops.leangpt`. Its file name holds the torch
 version it was built for (see setup.py); one built for another torch is never loaded, since its C++ ABI may differ.
@@ -7,9 +7,6 @@ version it was built for (see setup.py); one built for another torch is never lo
 from pathlib import Path
 
 import torch
-
-OPS: frozenset[str] = frozenset()  # the ops of ops.py that the loaded extension implements
-DIFFERENTIABLE: frozenset[str] = frozenset()  # those with a native backward
 
 
 def _load() -> str | None:
@@ -29,3 +26,6 @@ def _load() -> str | None:
 
 
 unavailable_reason = _load()
+# the ops of ops.py that the loaded extension implements
+OPS: frozenset[str] = frozenset() if unavailable_reason else frozenset({"linear", "mlp"})
+DIFFERENTIABLE: frozenset[str] = OPS  # those with a native backward

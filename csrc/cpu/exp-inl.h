@@ -1,0 +1,12 @@
+// e^x, relative error below 2^-22; saturates beyond e^-87 and e^88; NaN stays NaN.
+static inline Vec exp(Vec x) {
+  x = min(broadcast(88.0f), max(broadcast(-87.0f), x));
+  const Vec n = round(x * broadcast(1.4426950408889634f));
+  // x - n ln 2, with ln 2 in two parts so that the first product is exact
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  Vec series = broadcast(1.0f / 5040);
+  for (const float coefficient : kTaylor) series = fma(series, r, broadcast(coefficient));
+  return scale_by_power_of_2(series, n);
+}

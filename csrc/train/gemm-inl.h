@@ -1,0 +1,295 @@
+// Matrix products: sums of kTileRows rows and kPanel columns in registers, one unit of 32 bits of
+// each row and each column a step. Panels of the right operand lie as a stream of steps. Each
+// output is summed in one order, whatever tile it is in: inputs in blocks of kBlockSteps, and the
+// blocks added.
+
+constexpr int kTileVecs = tile_vecs(kTileRows);
+constexpr int kPanel = kTileVecs * kLanes;
+// Of a panel, 256 steps are 64 KB, which stay in the L2 cache.
+constexpr int64_t kBlockSteps = 256;
+
+static inline Vec load_elements(const float* p) { return load(p); }
+static inline Vec load_elements(const uint16_t* p) { return load_bf16(p); }
+static inline void store_elements(float* p, Vec v) { store(p, v); }
+static inline void store_elements(uint16_t* p, Vec v) { store_bf16(p, v); }
+
+// The first n elements, zeros behind them.
+template <class T>
+static inline Vec load_first(const T* p, int64_t n) {
+  if (n >= kLanes) return load_elements(p);
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_elements(lanes);
+}
+// As it is after a store and a load.
+template <class T>
+static inline Vec rounded(Vec v) {
+  T lanes[kLanes];
+  store_elements(lanes, v);
+  return load_elements(lanes);
+}
+template <class T>
+static inline void store_first_elements(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) {
+    store_elements(p, v);
+    return;
+  }
+  T lanes[kLanes];
+  store_elements(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// f(T()) with the type of a dtype.
+template <class F>
+static inline auto with_type(Dtype dtype, const F& f) {
+  return dtype == Dtype::kFp32 ? f(float()) : f(uint16_t());
+}
+
+// f(Format()) with the format that products in a dtype have on this ISA.
+template <class F>
+static inline auto with_format(Dtype compute, const F& f) {
+  return compute == Dtype::kFp32 ? f(Fp32Format()) : f(Bf16Format());
+}
+
+template <class Format>
+constexpr int64_t steps_of(int64_t inputs) {
+  return (inputs + Format::kInputs - 1) / Format::kInputs;
+}
+
+// Rows `first` and on of x, whose rows are adjacent in memory (row_stride 1), as [step][kWidth]
+// units. Whole Vecs are written: what is behind a step is written again by the next one, or is
+// padding.
+template <class Format, class T>
+static void pack_adjacent(const T* x, int64_t column_stride, int64_t first, int64_t extent,
+                          int64_t inputs, int width, float* out) {
+  const int64_t steps = steps_of<Format>(inputs);
+  for (int64_t step = 0; step < steps; ++step) {
+    const T* even = x + step * Format::kInputs * column_stride + first;
+    const bool has_odd = Format::kInputs == 2 && step * 2 + 1 < inputs;
+    for (int v = 0; v < width; v += kLanes) {
+      const int64_t left = extent - first - v;
+      const Vec a = left > 0 ? load_first(even + v, left) : zero();
+      const Vec b = has_odd && left > 0 ? load_first(even + column_stride + v, left) : zero();
+      store(out + step * width + v, Format::unit(a, b));
+    }
+  }
+}
+
+// `count` elements as units, as many as fill whole Vecs of units.
+template <class Format, class T>
+static void convert_row(const T* x, int64_t count, float* out) {
+  auto* elements = reinterpret_cast<typename Format::Element*>(out);
+  const int64_t end = steps_of<Format>(count) * Format::kInputs;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_elements(elements + i, load_elements(x + i));
+  if (i < end) {
+    store_first_elements(elements + i, load_first(x + i, count - i), end - i);
+  }
+}
+
+template <class Format, class T>
+static void pack_panel_of(const T* x, const Operand& layout, int64_t first, int64_t extent,
+                          int64_t inputs, float* panel) {
+  if (layout.row_stride == 1) {
+    pack_adjacent<Format>(x, layout.column_stride, first, extent, inputs, kPanel, panel);
+    return;
+  }
+  // transposed in blocks of 16 rows and 16 steps
+  constexpr int64_t kBlockInputs = kLanes * Format::kInputs;
+  const int64_t steps = steps_of<Format>(inputs);
+  for (int r = 0; r < kPanel; r += kLanes) {
+    for (int64_t step = 0; step < steps; step += kLanes) {
+      Vec block[kLanes];
+      const int64_t left = inputs - step * Format::kInputs;
+      for (int i = 0; i < kLanes; ++i) {
+        float row[kLanes] = {};
+        if (first + r + i < extent) {
+          convert_row<Format>(x + (first + r + i) * layout.row_stride + step * Format::kInputs,
+                              left < kBlockInputs ? left : kBlockInputs, row);
+        }
+        block[i] = load(row);
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes && step + i < steps; ++i) {
+        store(panel + (step + i) * kPanel + r, block[i]);
+      }
+    }
+  }
+}
+
+static void pack_panel(const Operand& x, Dtype compute, int64_t first, int64_t extent,
+                       int64_t inputs, float* panel) {
+  with_format(compute, [&](auto format) {
+    with_type(x.dtype, [&](auto type) {
+      using T = decltype(type);
+      pack_panel_of<decltype(format)>(static_cast<const T*>(x.data), x, first, extent, inputs,
+                                      panel);
+    });
+  });
+}
+
+template <class Format, class T>
+static Rows pack_rows_of(const T* x, const Operand& layout, int64_t first, int64_t count,
+                         int64_t extent, int64_t inputs, float* scratch) {
+  const int64_t steps = steps_of<Format>(inputs), padded = round_up(count, kTileRows);
+  if (layout.column_stride != 1) {  // a tile is [step][kTileRows] units
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      pack_adjacent<Format>(x, layout.column_stride, first + r, extent, inputs, kTileRows,
+                            scratch + r * steps);
+    }
+    return {scratch, 1, kTileRows, kTileRows * steps};
+  }
+  constexpr bool is_as_multiplied = std::is_same<T, typename Format::Element>::value;
+  if (is_as_multiplied && count == padded && inputs % Format::kInputs == 0 &&
+      layout.row_stride % Format::kInputs == 0) {
+    const int64_t stride = layout.row_stride / Format::kInputs;
+    return {reinterpret_cast<const float*>(x + first * layout.row_stride), stride, 1,
+            kTileRows * stride};
+  }
+  for (int64_t r = 0; r < padded; ++r) {
+    float* row = scratch + r * steps;
+    if (r < count) {
+      convert_row<Format>(x + (first + r) * layout.row_stride, inputs, row);
+    } else {
+      std::memset(row, 0, steps * sizeof(float));
+    }
+  }
+  return {scratch, steps, 1, kTileRows * steps};
+}
+
+static Rows pack_rows(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
+                      int64_t inputs, float* scratch) {
+  return with_format(compute, [&](auto format) {
+    return with_type(x.dtype, [&](auto type) {
+      using T = decltype(type);
+      return pack_rows_of<decltype(format)>(static_cast<const T*>(x.data), x, first, count, extent,
+                                            inputs, scratch);
+    });
+  });
+}
+
+template <class Format, int kVecs>
+static void multiply_tile(const float* row, int64_t row_stride, int64_t step_stride,
+                          const float* panel, int64_t steps, float* out, int64_t out_stride,
+                          bool adds) {
+  Vec sums[kTileRows][kVecs];
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Vec columns[kVecs];
+    for (int v = 0; v < kVecs; ++v) columns[v] = load(panel + v * kLanes);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {
+        sums[r][v] = Format::dot(sums[r][v], columns[v], row + r * row_stride);
+      }
+    }
+    panel += kPanel;
+    row += step_stride;
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      float* at = out + r * out_stride + v * kLanes;
+      store(at, adds ? load(at) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+// All steps of the first `columns` columns of a panel, to out or added to it.
+template <class Format>
+static void multiply_panel(const Rows& rows, const float* panel, int64_t num_rows, int64_t columns,
+                           int64_t steps, float* out, int64_t out_stride, bool adds) {
+  const auto multiply_tiles = [&](auto tile) {
+    for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
+      const int64_t block = steps - begin < kBlockSteps ? steps - begin : kBlockSteps;
+      for (int64_t r = 0; r < num_rows; r += kTileRows) {
+        const float* row = rows.units + r / kTileRows * rows.tile_stride + begin * rows.step_stride;
+        tile(row, rows.row_stride, rows.step_stride, panel + begin * kPanel, block,
+             out + r * out_stride, out_stride, adds || begin > 0);
+      }
+    }
+  };
+  switch (columns >= kPanel ? kTileVecs : (columns + kLanes - 1) / kLanes) {
+    case 1:
+      return multiply_tiles(multiply_tile<Format, 1>);
+    case 2:
+      return multiply_tiles(multiply_tile < Format, kTileVecs < 2 ? kTileVecs : 2 >);
+    case 3:
+      return multiply_tiles(multiply_tile < Format, kTileVecs < 3 ? kTileVecs : 3 >);
+    default:
+      return multiply_tiles(multiply_tile<Format, kTileVecs>);
+  }
+}
+
+static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_t num_rows,
+                     int64_t columns, int64_t inputs, float* out) {
+  with_format(compute, [&](auto format) {
+    using Format = decltype(format);
+    multiply_panel<Format>(rows, panel, num_rows, columns, steps_of<Format>(inputs), out, kPanel,
+                           false);
+  });
+}
+
+static int64_t units(int64_t inputs, Dtype compute) {
+  return with_format(compute, [&](auto format) { return steps_of<decltype(format)>(inputs); });
+}
+
+template <class T>
+static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
+                      int64_t columns, const Epilogue& e) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const int64_t column = first_column + c, left = columns - c;
+      const int64_t at = (first_row + r) * e.stride + column;
+      Vec value = load(tile + r * kPanel + c);
+      if (e.bias) value = value + load_first(e.bias + column, left);
+      if (e.addend) {
+        value = value + with_type(e.addend_dtype, [&](auto type) {
+                  return load_first(static_cast<const decltype(type)*>(e.addend) + at, left);
+                });
+      }
+      T* out = static_cast<T*>(e.out) + at;
+      if (e.activation == Activation::kNone) {
+        store_first_elements(out, value, left);
+        continue;
+      }
+      T* activated = static_cast<T*>(e.activated) + at;
+      if (e.inner) {
+        const Activated inner =
+            activate(load_first(static_cast<const T*>(e.inner) + at, left), e.activation);
+        store_first_elements(out, value * inner.slope, left);
+        store_first_elements(activated, inner.value, left);
+      } else {
+        value = rounded<T>(value);  // what backward will see
+        store_first_elements(out, value, left);
+        store_first_elements(activated, activate(value, e.activation).value, left);
+      }
+    }
+  }
+}
+
+static void finish(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
+                   int64_t columns, const Epilogue& e) {
+  with_type(e.dtype, [&](auto type) {
+    finish_as<decltype(type)>(tile, first_row, num_rows, first_column, columns, e);
+  });
+}
+
+static void sum_rows(const void* x, Dtype dtype, int64_t rows, int64_t n, int64_t first_column,
+                     int64_t columns, float* out) {
+  with_type(dtype, [&](auto type) {
+    const auto* elements = static_cast<const decltype(type)*>(x) + first_column;
+    constexpr int64_t kBlockRows = 64;  // short sums, so that they lose little
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Vec total = zero();
+      for (int64_t first = 0; first < rows; first += kBlockRows) {
+        Vec sum = zero();
+        for (int64_t r = first; r < rows && r < first + kBlockRows; ++r) {
+          sum = sum + load_first(elements + r * n + c, columns - c);
+        }
+        total = total + sum;
+      }
+      store_first_elements(out + first_column + c, total, columns - c);
+    }
+  });
+}

@@ -1,0 +1,62 @@
+#include "gemm.h"
+
+#include <algorithm>
+
+#include "../cpu/buffer.h"
+#include "parallel.h"
+
+namespace leangpt::train {
+namespace {
+
+using cpu::Buffer;
+
+// Rows of a block: its left operand is packed once, and its sums with a panel stay in the L1 cache.
+constexpr int64_t kMaxBlockRows = 96;
+
+}  // namespace
+
+void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
+          const Epilogue& epilogue) {
+  const Kernels& kernel = kernels();
+  const int64_t width = kernel.panel_width, tile_rows = kernel.tile_rows;
+  const int64_t units = kernel.units(k, compute), panels = (n + width - 1) / width;
+
+  static thread_local Buffer<float> panel_buffer;
+  float* packed = panel_buffer.get(panels * units * width);
+  const Operand columns = b.transposed();
+  parallel_for(panels, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      kernel.pack_panel(columns, compute, p * width, n, k, packed + p * units * width);
+    }
+  });
+
+  // as many blocks as the threads can share evenly
+  const int64_t threads = num_threads();
+  const int64_t wanted = round_up((m + kMaxBlockRows - 1) / kMaxBlockRows, threads);
+  const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
+  const int64_t blocks = (m + block_rows - 1) / block_rows;
+  parallel_for(blocks, [&](int64_t begin, int64_t end) {
+    static thread_local Buffer<float> row_buffer, tile_buffer;
+    float* scratch = row_buffer.get(block_rows * units + kLanes);
+    float* tile = tile_buffer.get(block_rows * width);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * block_rows, count = std::min(block_rows, m - row);
+      const Rows rows = kernel.pack_rows(a, compute, row, count, m, k, scratch);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t column = p * width, left = std::min(width, n - column);
+        kernel.multiply(rows, packed + p * units * width, compute, count, left, k, tile);
+        kernel.finish(tile, row, count, column, left, epilogue);
+      }
+    }
+  });
+}
+
+void sum_rows(const void* x, Dtype dtype, int64_t rows, int64_t n, float* out) {
+  constexpr int64_t kColumns = 64;
+  parallel_for((n + kColumns - 1) / kColumns, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns, last = std::min(n, end * kColumns);
+    kernels().sum_rows(x, dtype, rows, n, first, last - first, out);
+  });
+}
+
+}  // namespace leangpt::train

@@ -1,0 +1,11 @@
+// The table of an ISA, from sources that are written once against Vec.
+
+// clang-format off: the order matters
+#include "../cpu/exp-inl.h"
+#include "activation-inl.h"
+#include "gemm-inl.h"
+// clang-format on
+
+const Kernels kTable = {
+    kTileRows, kPanel, units, pack_panel, pack_rows, multiply, finish, sum_rows,
+};

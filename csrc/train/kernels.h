@@ -1,0 +1,106 @@
+// The kernels of training that are compiled once for each instruction set, and the plain structs
+// they take. Raw pointers, no torch, no threads: a caller hands out strips, tiles, rows and heads.
+#pragma once
+
+#include <cstdint>
+
+#include "../matrix.h"
+
+namespace leangpt::train {
+
+enum class Dtype : int32_t { kFp32 = 0, kBf16 = 1 };
+
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : 2; }
+
+// A matrix: element (i, j) at i * row_stride + j * column_stride, one of which is 1.
+struct Operand {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, column_stride;
+
+  Operand transposed() const { return {data, dtype, column_stride, row_stride}; }
+};
+
+// Rows of the left operand of a product, in the form that it is multiplied in. 32 bits are a unit:
+// one float32, or two bf16 of adjacent inputs; a step of the product takes one unit of each row.
+struct Rows {
+  const float* units;
+  int64_t row_stride, step_stride, tile_stride;  // in units; a tile is `tile_rows` rows
+};
+
+// What becomes of a tile of a product: value = sums + bias + addend, and
+//   no activation   out = value
+//   forward         out = value, activated = act(value)
+//   backward        value is the gradient of act(inner): out = value act'(inner), activated =
+//   act(inner)
+// Matrices of tiles are row-major, with `stride` columns.
+struct Epilogue {
+  void* out = nullptr;
+  Dtype dtype = Dtype::kFp32;
+  int64_t stride = 0;
+  const float* bias = nullptr;
+  const void* addend = nullptr;
+  Dtype addend_dtype = Dtype::kFp32;
+  Activation activation = Activation::kNone;
+  void* activated = nullptr;    // of `dtype`
+  const void* inner = nullptr;  // of `dtype`
+};
+
+// Causal attention of H query heads to H_kv key heads. Query t of T stands at position S - T + t
+// and sees the last `window` keys up to its own.
+struct Attention {
+  Dtype dtype;
+  const void *q, *k,
+      *v;  // element (b, t, h, d) at b * strides[0] + t * strides[1] + h * strides[2] + d
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;  // T, S, H, H_kv, D
+  int64_t window;
+  float scale;
+  void* out;   // (B, T, H, D)
+  float* lse;  // (B, H, T): log of the sum of exp(scale * score)
+  // backward alone
+  const void* dout;  // (B, T, H, D)
+  void *dq, *dk, *dv;
+};
+
+struct Kernels {
+  int tile_rows;    // rows of a product are computed in such tiles
+  int panel_width;  // columns likewise
+  // Units of one row or column of a product with so many inputs.
+  int64_t (*units)(int64_t inputs, Dtype compute);
+
+  // Rows of x from `first` on, as the right operand of products whose columns they are: a panel of
+  // [step][panel_width] units. x has `extent` rows; what is packed beyond is not said.
+  void (*pack_panel)(const Operand& x, Dtype compute, int64_t first, int64_t extent, int64_t inputs,
+                     float* panel);
+  // Rows [first, first + count) of x as the left operand, in `scratch` or where they are; it has
+  // room for the units of round_up(count, tile_rows) rows and 16 more.
+  Rows (*pack_rows)(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
+                    int64_t inputs, float* scratch);
+  // out (round_up(rows, tile_rows), panel_width) = the rows times a panel.
+  void (*multiply)(const Rows& rows, const float* panel, Dtype compute, int64_t num_rows,
+                   int64_t columns, int64_t inputs, float* out);
+  // What `multiply` gave for rows and columns from the first ones on.
+  void (*finish)(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
+                 int64_t columns, const Epilogue& epilogue);
+  // Sums over the rows of a (rows, n) matrix, of `columns` columns from the given one on.
+  void (*sum_rows)(const void* x, Dtype dtype, int64_t rows, int64_t n, int64_t first_column,
+                   int64_t columns, float* out);
+};
+
+const Kernels& kernels();  // of the active ISA, see ../cpu/isa.h
+
+namespace portable {
+extern const Kernels kTable;
+}
+namespace avx2 {
+extern const Kernels kTable;
+}
+namespace avx512 {
+extern const Kernels kTable;
+}
+namespace avx512_bf16 {
+extern const Kernels kTable;
+}
+
+}  // namespace leangpt::train

@@ -1,0 +1,36 @@
+// The training kernels for CPUs with AVX-512. Every header comes before the pragma, so that no
+// function of theirs is compiled for this instruction set and then used on a lesser CPU.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+
+namespace leangpt::train::avx512 {
+
+#include "../cpu/vec_avx512.h"
+#include "fp32_format.h"
+#include "transpose_avx512.h"
+using Bf16Format = Fp32Format;  // products of bf16 are exact in float32
+#include "kernels-inl.h"
+
+}  // namespace leangpt::train::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,81 @@
+"""The CPU kernels of training against float64, by the error rule, with gradients; fakes, autograd and torch.compile."""
+
+
+import pytest
+import torch
+from helpers import check_op
+
+from leangpt.kernels import native, ops, use_backend
+
+DTYPES = [torch.float32, torch.bfloat16]
+# rows, inputs, outputs: of no tile, of whole ones, beyond one block of inputs, and fewer than a vector
+SHAPES = [(33, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200)]
+
+
+@pytest.fixture(autouse=True)
+def _extension(in_ci):
+    if native.unavailable_reason:
+        assert not in_ci, f"CI must test the extension: {native.unavailable_reason}"
+        pytest.skip(native.unavailable_reason)
+
+
+@pytest.fixture(params=[1, 2], ids="threads={}".format)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def randn(*shape, dtype=torch.float32, std=1.0):
+    return (torch.randn(*shape) * std).to(dtype)
+
+
+class TestLinear:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, shape, dtype):
+        M, K, N = shape
+        tensors = [randn(M, K, dtype=dtype), randn(N, K, dtype=dtype), randn(N, dtype=dtype)]
+        check_op(ops.linear, tensors, "native")
+
+    def test_without_bias_of_any_strides(self):
+        x, weight = randn(3, 40, 24).transpose(1, 2), randn(40, 30).t()
+        check_op(ops.linear, [x, weight], "native")
+
+    def test_the_gradient_of_an_expanded_tensor(self):
+        x, weight = randn(40, 8).requires_grad_(), randn(5, 8).requires_grad_()
+        with use_backend("native"):
+            ops.linear(x, weight).sum().backward()
+        torch.testing.assert_close(x.grad, weight.sum(0).expand(40, 8))
+
+
+class TestMlp:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu2"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_as_accurate_as_torch(self, shape, activation, dtype):
+        M, C, F = shape
+        x, residual = randn(M, C, dtype=dtype), randn(M, C, dtype=dtype)
+        w_in, w_out = randn(F, C, dtype=dtype, std=C**-0.5), randn(C, F, dtype=dtype, std=F**-0.5)
+        b_in, b_out = randn(F, dtype=dtype), randn(C, dtype=dtype)
+
+        def call(x, w_in, b_in, w_out, b_out, residual):
+            return ops.mlp(x, w_in, b_in, w_out, b_out, activation, residual=residual)
+
+        check_op(call, [x, w_in, b_in, w_out, b_out, residual], "native")
+
+    @pytest.mark.usefixtures("threads")
+    def test_without_biases_and_residual(self):
+        def call(x, w_in, w_out):
+            return ops.mlp(x, w_in, None, w_out, None, "gelu_tanh")
+
+        check_op(call, [randn(50, 24), randn(100, 24), randn(24, 100)], "native")
+
+    def test_what_has_no_kernel_runs_on_the_reference(self):
+        x, w_in, w_out = randn(40, 8), randn(12, 8), randn(8, 6)
+        with use_backend("native"):
+            out = ops.mlp(x, w_in, None, w_out, None, "swiglu")
+        with use_backend("reference"):
+            torch.testing.assert_close(out, ops.mlp(x, w_in, None, w_out, None, "swiglu"))

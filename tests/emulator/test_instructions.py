@@ -1,6 +1,7 @@
 """Instructions of the emulator against numpy, torch and Python: each in a PTX kernel of its own few lines."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -294,6 +295,14 @@ def test_floats(dtype):
             dtype=dtype,
         )
         assert_same(run_instruction(f"fma.rn.{kind}", *bits, output=bits[0].dtype), expected, "fma")
+    if kind == "f32":
+        out = run_instruction("fma.rm.f32", *bits, output=bits[0].dtype).view("f4")
+        usable = (a * b + c).isfinite().numpy()
+        for x, y, z, down in zip(*(t.numpy()[usable] for t in (a, b, c)), out[usable], strict=True):
+            exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+            up = np.nextafter(down, np.float32(np.inf))
+            assert Fraction(float(down)) <= exact
+            assert not np.isfinite(up) or exact < Fraction(float(up))
     for name, function in (("eq", a == b), ("ne", (a < b) | (a > b)), ("lt", a < b), ("ge", a >= b), ("neu", a != b), ("gtu", ~(a <= b)), ("equ", ~((a < b) | (a > b))), ("nan", a.isnan() | b.isnan())):  # fmt: skip
         assert (
             run_instruction(f"setp.{name}.{kind}", *bits[:2], output="u2") == function.numpy()

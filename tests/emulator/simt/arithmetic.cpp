@@ -262,6 +262,15 @@ float approximate_tanh(float x) {  // to eleven bits, as the hardware does
   return bit_cast<float>((bit_cast<uint32_t>(std::tanh(x)) + 0x1000u) & 0xFFFFE000u);
 }
 
+// a * b + c, rounded once, downwards.
+float fma_down(float a, float b, float c) {
+  const double product = double{a} * b, sum = product + c;  // the product is exact
+  const double of_c = sum - product, error = (product - (sum - of_c)) + (c - of_c);
+  const auto rounded = static_cast<float>(sum);
+  const bool is_above = rounded > sum || (rounded == sum && error < 0);
+  return is_above ? std::nextafter(rounded, -INFINITY) : rounded;
+}
+
 void floats() {
   binary_floats("add", [](auto a, auto b) { return a + b; });
   binary_floats("sub", [](auto a, auto b) { return a - b; });
@@ -279,6 +288,8 @@ void floats() {
     define<float(float, float, float)>(name + std::string("f32"), fused);
     define<double(double, double, double)>(name + std::string("f64"), fused);
   }
+  define<float(float, float, float)>("fma.rm.f32",
+                                     [](float a, float b, float c) { return fma_down(a, b, c); });
   unary_floats("neg", [](auto a) { return -a; });
   unary_floats("abs", [](auto a) { return std::fabs(a); });
   unary_floats("sqrt", [](auto a) { return std::sqrt(a); });

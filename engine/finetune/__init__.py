@@ -8,7 +8,8 @@ predict(tuned, [{"text": "…"}])
 from .config import FinetuneConfig
 from .predictor import predict
 from .storage import load_tuned
-from .tasks import TASKS, Tuned
+from .tasks import TASKS
 from .trainer import Outcome, finetune
+from .tuned import Tuned
 
 __all__ = ["TASKS", "FinetuneConfig", "Outcome", "Tuned", "finetune", "load_tuned", "predict"]

@@ -38,7 +38,8 @@ class TaskModule(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """`(..., C)` to `(..., L)`, float32 at least."""
-        assert self.head is not None
+        assert self.head is not None, "the module has no head"
+        hidden = hidden.to(self.head.weight.device)
         scores = ops.linear(hidden, self.head.weight, self.head.bias)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -81,9 +82,9 @@ class Classifier(TaskModule):
             )
         return F.cross_entropy(scores, targets, self.class_weights, reduction=reduction)
 
-    def probabilities(self, tokens: Tensor) -> Tensor:
-        """`(B, L)`, which sum to 1 for one label a text."""
-        scores = self.scores(self.last_hidden(tokens))
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """`(B, C)` of the last tokens to `(B, L)`, which sum to 1 for one label a text."""
+        scores = self.scores(hidden)
         return scores.sigmoid() if self.is_multi_label else scores.softmax(-1)
 
 
@@ -107,9 +108,9 @@ class Tagger(TaskModule):
             reduction=reduction,
         )
 
-    def probabilities(self, tokens: Tensor) -> Tensor:
-        """`(B, T, L)` for tokens that are aligned left."""
-        return self.scores(self.hidden(tokens)).softmax(-1)
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """`(T, C)` to `(T, L)`."""
+        return self.scores(hidden).softmax(-1)
 
 
 class Ranker(TaskModule):

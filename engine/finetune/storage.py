@@ -21,7 +21,8 @@ from ..files import atomic_directory, read_json, write_json
 from ..pretrained import load_model, resolve_model, save_pretrained
 from . import methods
 from .config import FinetuneConfig
-from .tasks import Tuned, task_from_dict
+from .tasks import task_from_dict
+from .tuned import Tuned
 
 if TYPE_CHECKING:
     from .trainer import Outcome

@@ -39,7 +39,8 @@ from .dataset import (
 from .padding import PADDING
 from .rows import BadRows
 from .storage import check_out, save_tuned
-from .tasks import Report, Task, Tuned
+from .tasks import Report, Task
+from .tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -277,11 +278,11 @@ def _weights(tuned: Tuned) -> dict[str, dict[str, Tensor]]:
     head = {} if tuned.module.head is None else tuned.module.head.state_dict()
     return {
         name: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-        for name, tensors in (("model", tuned.adapted.tensors()), ("head", head))
+        for name, tensors in (("model", tuned.adapted.state_dict()), ("head", head))
     }
 
 
 def _set_weights(tuned: Tuned, weights: dict[str, dict[str, Tensor]]) -> None:
-    tuned.adapted.fill(weights["model"])
+    tuned.adapted.load_state_dict(weights["model"])
     if tuned.module.head is not None:
         tuned.module.head.load_state_dict(weights["head"])

@@ -62,19 +62,38 @@ def tagged_lines(module: str, count: int) -> list[Row]:
     return [row for row in rows if row["words"]][:count]
 
 
+def following_lines(modules: Sequence[str], rows_each: int, seed: int = 0) -> list[Row]:
+    """Some lines of a module; among lines of all modules, the one that comes next."""
+    draw = random.Random(seed)
+    lines = {m: [s for s in source_of(m).splitlines() if len(s.strip()) > 15] for m in modules}
+    rows = []
+    for module in modules:
+        for start in draw.sample(range(len(lines[module]) - 6), rows_each):
+            *context, following = lines[module][start : start + 6]
+            others = [draw.choice(lines[other]) for other in modules if other != module]
+            candidates = [following, *others]
+            draw.shuffle(candidates)
+            if candidates.count(following) == 1:
+                rows.append(
+                    {"context": "\n".join(context), "candidates": candidates, "chosen": following}
+                )
+    draw.shuffle(rows)
+    return rows
+
+
 def documented_functions(modules: Iterable[str], num_candidates: int, seed: int = 0) -> list[Row]:
     """First lines of docstrings; among some names of functions, the one that it documents."""
     draw = random.Random(seed)
-    found = []
+    found = {}
     for module in modules:
         for node in ast.walk(ast.parse(source_of(module))):
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("__"):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 first = (ast.get_docstring(node) or "").partition("\n")[0]
                 if len(first) > 20:
-                    found.append((first, node.name))
-    names = sorted({name for _, name in found})
+                    found[first] = node.name
+    names = sorted(set(found.values()))
     rows = []
-    for first, name in dict(found).items():
+    for first, name in found.items():
         others = [other for other in draw.sample(names, num_candidates) if other != name]
         candidates = [name, *others[: num_candidates - 1]]
         draw.shuffle(candidates)

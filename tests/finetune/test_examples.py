@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from leangpt import GPT, GPTConfig
 from leangpt.data.tokenizer import ByteTokenizer, CharTokenizer, train_tokenizer
+from leangpt.decoding.choice import decoder_of
+from leangpt.finetune.decoder import hidden_of_candidates, hidden_states
 from leangpt.finetune.modules import (
     Classifier,
     HeadRanker,
@@ -20,13 +22,8 @@ from leangpt.finetune.modules import (
     Tagger,
 )
 from leangpt.finetune.padding import IGNORED, PADDING, align_left, pad
+from leangpt.finetune.tasks import QA, Chat, Classify, Rank, Tag, Text, Translate
 from leangpt.finetune.tasks.base import balanced_weights
-from leangpt.finetune.tasks.chat import Chat
-from leangpt.finetune.tasks.classify import Classify
-from leangpt.finetune.tasks.pairs import QA, Translate
-from leangpt.finetune.tasks.rank import Rank
-from leangpt.finetune.tasks.tag import Tag
-from leangpt.finetune.tasks.text import Text
 from leangpt.finetune.templates import encode_prompt, fields_of, fill
 from leangpt.generation.generator import Generator
 from leangpt.training.distributed import Group
@@ -133,11 +130,28 @@ def test_passes_add_up_to_the_mean_over_all_targets(kind, micro_batch_size):
 
 def test_a_classifier_reads_the_last_real_token(model):
     module, tokens, _ = modules_of(model)["classifier"]
-    probabilities = module.probabilities(tokens)
+    probabilities = module.probabilities(module.last_hidden(tokens))
     for row, length in enumerate((5, 9, 3)):
         hidden = model.hidden(tokens[row : row + 1, :length])[0, -1]
         expected = (hidden @ module.head.weight.T + module.head.bias).softmax(-1)
         torch.testing.assert_close(probabilities[row], expected)
+
+
+def test_the_decode_engine_gives_the_same_hidden_states(model):
+    """Texts of different lengths in small batches, without padding; candidates behind a context that is run once."""
+    model.float()
+    decoder = decoder_of(model)
+    texts = [[*b"one"], [*b"twenty-two"], [*b"x"]]
+    alone = [model.hidden(torch.tensor([text]))[0] for text in texts]
+    everywhere = hidden_states(decoder, texts, batch_size=2)
+    last = hidden_states(decoder, texts, batch_size=2, last=True)
+    for a, b, expected in zip(everywhere, last, alone, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(b), expected[-1:], rtol=1e-4, atol=1e-5)
+    behind = hidden_of_candidates(decoder, [*b"context"], texts, batch_size=2)
+    for a, text in zip(behind, texts, strict=True):
+        expected = model.hidden(torch.tensor([[*b"context", *text]]))[0, -1:]
+        torch.testing.assert_close(torch.from_numpy(a), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_likelihood_is_that_of_the_generator(model):

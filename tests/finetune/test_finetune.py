@@ -15,13 +15,7 @@ from leangpt import Generator, SamplingParams
 from leangpt.cli import main
 from leangpt.finetune import FinetuneConfig, finetune, load_tuned, methods, predict
 from leangpt.finetune.dataset import ExampleStream
-from leangpt.finetune.tasks import task_from_dict
-from leangpt.finetune.tasks.chat import Chat
-from leangpt.finetune.tasks.classify import Classify
-from leangpt.finetune.tasks.pairs import QA
-from leangpt.finetune.tasks.rank import Rank
-from leangpt.finetune.tasks.tag import Tag
-from leangpt.finetune.tasks.text import Text
+from leangpt.finetune.tasks import QA, Chat, Classify, Rank, Tag, Text, task_from_dict
 from leangpt.finetune.zero_shot import ZeroShot
 
 ROWS = [

@@ -13,7 +13,7 @@ from conftest import ROOT
 from finetune_data import make_base
 from make_data import (
     MODULES,
-    documented_functions,
+    following_lines,
     letter_questions,
     modules_of_snippets,
     number_translations,
@@ -26,12 +26,7 @@ from leangpt.finetune import FinetuneConfig, finetune, load_tuned, methods, pred
 from leangpt.finetune.metrics.answers import sacrebleu_scores
 from leangpt.finetune.metrics.labels import accuracy
 from leangpt.finetune.rows import BadRows, read_rows
-from leangpt.finetune.tasks.chat import Chat
-from leangpt.finetune.tasks.classify import Classify
-from leangpt.finetune.tasks.pairs import QA, Summarize, Translate
-from leangpt.finetune.tasks.rank import Rank
-from leangpt.finetune.tasks.tag import Tag
-from leangpt.finetune.tasks.text import Text
+from leangpt.finetune.tasks import QA, Chat, Classify, Rank, Summarize, Tag, Text, Translate
 
 EXAMPLES = ROOT / "examples" / "finetune"
 
@@ -92,14 +87,13 @@ def test_tag(run):
 
 @pytest.mark.parametrize("score", ["likelihood", "head"])
 def test_rank(run, score):
-    """The function that a docstring describes, among five: above the first candidate, one in five."""
-    rows = documented_functions(MODULES, 4)
-    _, tuned, test = run(Rank(score=score), rows, num_test=80, epochs=10, batch_size=8)
+    """Which line comes next in a source, among one of each of four modules: above the first candidate."""
+    rows = following_lines(MODULES[:4], 100)
+    _, tuned, test = run(Rank(score=score), rows, num_test=100, epochs=5)
     predictions = predict(tuned, test)
     share = accuracy([row["chosen"] for row in test], [p["best"] for p in predictions])
     first = accuracy([row["chosen"] for row in test], [row["candidates"][0] for row in test])
-    assert share > first + 0.1
-    assert share > 0.35
+    assert share > 0.5 > first + 0.1
     for p in predictions:
         assert math.isclose(sum(c["probability"] for c in p["ranking"]), 1)
 

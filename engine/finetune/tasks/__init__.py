@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .base import Example, Prediction, Report, Task, Tuned
+from .base import Example, Prediction, Report, Task
 from .chat import Chat
 from .classify import Classify
 from .pairs import QA, Summarize, Translate
@@ -15,7 +15,22 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Text, Chat, QA, Translate, Summarize, Classify, Tag, Rank)
 }
 
-__all__ = ["TASKS", "Example", "Prediction", "Report", "Task", "Tuned", "task_from_dict"]
+__all__ = [
+    "QA",
+    "TASKS",
+    "Chat",
+    "Classify",
+    "Example",
+    "Prediction",
+    "Rank",
+    "Report",
+    "Summarize",
+    "Tag",
+    "Task",
+    "Text",
+    "Translate",
+    "task_from_dict",
+]
 
 
 def task_from_dict(values: dict[str, Any]) -> Task:

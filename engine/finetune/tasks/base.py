@@ -4,21 +4,20 @@ so that the fields of a fitted task are all that has to be saved of it.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ChatTemplate
-from ...generation.generator import Generator
-from ..decoder import decoder_of_tuned
-from ..methods import Adapted
 from ..modules import TaskModule
 from ..padding import IGNORED, PADDING, pad
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 Sample = TypeVar("Sample")
 Prediction = dict[str, Any]  # as JSON can hold it
@@ -50,68 +49,6 @@ class Report:
         """One line for each number."""
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         return cls(metrics, "\n".join(f"{name:16} {value:.4f}" for name, value in numbers.items()))
-
-
-@dataclass
-class Tuned:
-    """A model with all that a task needs of it."""
-
-    task: "Task"
-    module: TaskModule
-    adapted: Adapted
-    tokenizer: Tokenizer
-    max_len: int  # tokens of an example
-    batch_size: int = 16
-
-    @cached_property
-    def generator(self) -> Generator:
-        """A generator of the model as it is when this is first asked for."""
-        template = self.task.chat_template(self.tokenizer)
-        return Generator(decoder_of_tuned(self.adapted), self.tokenizer, template)
-
-    def predict(self, samples: Sequence[Any]) -> list[Prediction]:
-        return self.task.predict(self, samples)
-
-    def report(self, samples: Sequence[Any]) -> Report:
-        """How good the predictions are for samples that have their answers."""
-        parts = [self.task.encode_all(s, self.tokenizer, self.max_len) for s in samples]
-        loss = self.mean_loss([example for examples in parts for example in examples])
-        return self.task.report(samples, self.predict(samples), loss)
-
-    def mean_loss(self, examples: Sequence[Example]) -> float:
-        """Mean over all targets, in nats."""
-        num_targets = sum(map(self.task.num_targets, examples))
-        return sum(self.losses(examples)) / max(1, num_targets)
-
-    def in_batches(
-        self, examples: Sequence[Example], compute: Callable[[Tensor], Tensor]
-    ) -> Iterator[Tensor]:
-        """`compute(tokens)` of batches of similar length, as one tensor an example, in their order."""
-        return self._in_batches(examples, lambda tokens, _: compute(tokens))
-
-    def losses(self, examples: Sequence[Example]) -> list[float]:
-        """The loss of each example, in nats: the sum over its targets."""
-        return [loss.item() for loss in self._in_batches(examples, self._loss_sums)]
-
-    def _loss_sums(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        losses = self.module(tokens, targets, "none")
-        return losses.double().flatten(1).sum(1) if losses.ndim > 1 else losses.double()
-
-    @torch.inference_mode()
-    def _in_batches(
-        self, examples: Sequence[Example], compute: Callable[[Tensor, Tensor], Tensor]
-    ) -> Iterator[Tensor]:
-        order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-        results: dict[int, Tensor] = {}
-        was_training = self.module.training
-        self.module.eval()
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = self.task.collate([examples[i] for i in chosen])
-            tokens, targets = (part.to(self.module.model.device) for part in batch)
-            results |= zip(chosen, compute(tokens, targets).cpu(), strict=True)
-        self.module.train(was_training)
-        return iter([results[i] for i in range(len(examples))])
 
 
 @dataclass(frozen=True)
@@ -180,7 +117,7 @@ class Task(Generic[Sample]):
         """What is trained; `examples` are those of the training, none where a saved one is loaded."""
         raise NotImplementedError
 
-    def predict(self, tuned: Tuned, samples: Sequence[Sample]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[Sample]) -> list[Prediction]:
         raise NotImplementedError
 
     def report(

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ...config import SamplingParams
 from ...data.text import encode_utf8
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ROLES, ChatTemplate, Message, trim_history
 from ..templates import chat_template_of, default_chat_template
-from .base import Example, Prediction, Report, Tuned
+from .base import Example, Prediction, Report
 from .language import LanguageTask, perplexity, shifted
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 Conversation = tuple[Message, ...]
 
@@ -91,7 +94,7 @@ class Chat(LanguageTask[Conversation]):
             tokens, is_target = tokens[too_many:], is_target[too_many:]
         return shifted(tokens, is_target, is_cut=len(messages) <= last or too_many > 0)
 
-    def predict(self, tuned: Tuned, samples: Sequence[Conversation]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[Conversation]) -> list[Prediction]:
         """The answer to each conversation, greedily; what the assistant says last is left out first."""
         template = self.chat_template(tuned.tokenizer)
         num_new = min(self.max_answer_tokens, tuned.max_len // 2)

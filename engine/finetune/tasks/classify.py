@@ -3,19 +3,24 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ChatTemplate
+from ..decoder import hidden_states
 from ..metrics.labels import LabelTable, accuracy, confusion_matrix
 from ..metrics.plot import confusion_png
 from ..modules import Classifier
 from ..rows import text_of
 from ..templates import with_bos
-from .base import Example, Prediction, Report, Task, Tuned, balanced_weights, collate_tokens
+from .base import Example, Prediction, Report, Task, balanced_weights, collate_tokens
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 _SEPARATOR = "|"  # of several labels in one cell of a table
 
@@ -100,14 +105,16 @@ class Classify(Task[LabelledText]):
             weights = balanced_weights(counter, len(self.labels))
         return Classifier(model, len(self.labels), self.multi_label, weights)
 
-    def predict(self, tuned: Tuned, samples: Sequence[LabelledText]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[LabelledText]) -> list[Prediction]:
         examples = [
             self.encode(sample._replace(labels=()), tuned.tokenizer, tuned.max_len)
             for sample in samples
         ]
         assert isinstance(tuned.module, Classifier)
+        texts = [example.tokens for example in examples]
+        hidden = list(hidden_states(tuned.decoder, texts, tuned.batch_size, last=True))
         predictions: list[Prediction] = []
-        for row in tuned.in_batches(examples, tuned.module.probabilities):
+        for row in tuned.module.probabilities(torch.from_numpy(np.concatenate(hidden))):
             probabilities = dict(zip(self.labels, row.tolist(), strict=True))
             if self.multi_label:
                 labels = [label for label, p in probabilities.items() if p > 0.5]

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config import SamplingParams
 from ...data.tokenizer import Tokenizer
 from ..metrics.answers import exact_match, mean, rouge_l, rouge_n, sacrebleu_scores, token_f1
 from ..rows import text_of
 from ..templates import encode_prompt, field_texts, fields_of
-from .base import Example, Prediction, Report, Tuned
+from .base import Example, Prediction, Report
 from .language import LanguageTask, perplexity, shifted
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 
 class Pair(NamedTuple):
@@ -72,7 +75,7 @@ class PairTask(LanguageTask[Pair]):
         is_target = [False] * len(prompt) + [True] * len(answer)
         return shifted([*prompt, *answer], is_target, is_cut)
 
-    def predict(self, tuned: Tuned, samples: Sequence[Pair]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[Pair]) -> list[Prediction]:
         """The most probable tokens, one after the other."""
         prompts = [
             self.prompt_tokens(sample, tuned.tokenizer, tuned.max_len)[0] for sample in samples

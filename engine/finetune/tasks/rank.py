@@ -3,18 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...data.tokenizer import Tokenizer
+from ..decoder import hidden_of_candidates
 from ..metrics.ranking import accuracy, mean_reciprocal_rank, ndcg, rank_of
 from ..modules import HeadRanker, LikelihoodRanker, Ranker
 from ..padding import PADDING, pad
 from ..rows import text_of
 from ..templates import field_texts, fields_of, fill, with_bos
-from .base import Example, Prediction, Report, Task, Tuned
+from .base import Example, Prediction, Report, Task
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 
 class Choice(NamedTuple):
@@ -107,23 +112,20 @@ class Rank(Task[Choice]):
     def make_module(self, model: Any, examples: Sequence[Example]) -> Ranker:
         return HeadRanker(model) if self.score == "head" else LikelihoodRanker(model)
 
-    def predict(self, tuned: Tuned, samples: Sequence[Choice]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[Choice]) -> list[Prediction]:
         """The candidates, the best first, each with its share of the probability of all."""
-        if self.score == "likelihood":
-            scores = [self._likelihoods(tuned, sample) for sample in samples]
-        else:
-            assert isinstance(tuned.module, Ranker)
-            examples = [self.encode(s, tuned.tokenizer, tuned.max_len) for s in samples]
-            rows = tuned.in_batches(examples, tuned.module.candidate_scores)
-            scores = [
-                row[: len(s.candidates)].tolist() for row, s in zip(rows, samples, strict=True)
-            ]
-        return [ranking(s.candidates, each) for s, each in zip(samples, scores, strict=True)]
+        find = self._likelihoods if self.score == "likelihood" else self._head_scores
+        return [ranking(sample.candidates, find(tuned, sample)) for sample in samples]
 
-    def _likelihoods(self, tuned: Tuned, sample: Choice) -> list[float]:
+    def _likelihoods(self, tuned: "Tuned", sample: Choice) -> list[float]:
         context, candidates, _ = self.parts(sample, tuned.tokenizer, tuned.max_len)
         ranked = tuned.generator.rank(context, candidates)
         return [r.mean_logprob for r in sorted(ranked, key=lambda r: r.index)]
+
+    def _head_scores(self, tuned: "Tuned", sample: Choice) -> list[float]:
+        context, candidates, _ = self.parts(sample, tuned.tokenizer, tuned.max_len)
+        rows = hidden_of_candidates(tuned.decoder, context, candidates, tuned.batch_size)
+        return tuned.module.scores(torch.from_numpy(np.concatenate(list(rows)))).flatten().tolist()
 
     def report(
         self, samples: Sequence[Choice], predictions: Sequence[Prediction], loss: float

@@ -9,19 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ChatTemplate
+from ..decoder import hidden_states
 from ..metrics.labels import LabelTable, accuracy
 from ..metrics.spans import OUTSIDE, Span, has_prefixes, single_spans, spans_of
 from ..modules import Tagger
 from ..padding import IGNORED, pad
 from ..rows import text_of
 from ..templates import with_bos
-from .base import Example, Prediction, Report, Task, Tuned, balanced_weights, collate_tokens
+from .base import Example, Prediction, Report, Task, balanced_weights, collate_tokens
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 # a Chinese, Japanese or Korean character; letters and digits; any other sign
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U000323af"
@@ -121,17 +126,18 @@ class Tag(Task[TaggedText]):
             weights = balanced_weights(counts, len(self.tags))
         return Tagger(model, len(self.tags), weights)
 
-    def predict(self, tuned: Tuned, samples: Sequence[TaggedText]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[TaggedText]) -> list[Prediction]:
         """Tags of all words; those beyond what the model can read are O, or the first tag where there is no O."""
         bare = [sample._replace(tags=()) for sample in samples]
         examples = [self.encode(sample, tuned.tokenizer, tuned.max_len) for sample in bare]
         assert isinstance(tuned.module, Tagger)
         rest = OUTSIDE if OUTSIDE in self.tags else self.tags[0]
         predictions: list[Prediction] = []
-        rows = tuned.in_batches(examples, tuned.module.probabilities)
-        for sample, row in zip(bare, rows, strict=True):
+        texts = [example.tokens for example in examples]
+        rows = hidden_states(tuned.decoder, texts, tuned.batch_size)
+        for sample, hidden in zip(bare, rows, strict=True):
             _, places = self.places(sample, tuned.tokenizer)
-            best = row.max(-1)
+            best = tuned.module.probabilities(torch.from_numpy(hidden)).max(-1)
             tags, probabilities = [], []
             for place in places:
                 is_read = place < tuned.max_len

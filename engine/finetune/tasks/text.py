@@ -3,12 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.tokenizer import Tokenizer
 from ..rows import text_of
-from .base import Example, Prediction, Report, Tuned
+from .base import Example, Prediction, Report
 from .language import LanguageTask, perplexity, shifted
+
+if TYPE_CHECKING:
+    from ..tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Text(LanguageTask[str]):
         windows = [tokens[i : i + max_len + 1] for i in range(0, len(tokens) - 1, max_len)]
         return [shifted(window, [True] * len(window), is_cut=False) for window in windows]
 
-    def predict(self, tuned: Tuned, samples: Sequence[str]) -> list[Prediction]:
+    def predict(self, tuned: "Tuned", samples: Sequence[str]) -> list[Prediction]:
         """How probable each document is."""
         parts = [self.encode_all(sample, tuned.tokenizer, tuned.max_len) for sample in samples]
         sums = iter(tuned.losses([example for examples in parts for example in examples]))

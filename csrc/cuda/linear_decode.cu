@@ -47,54 +47,56 @@ struct Arguments {
   int part_blocks;  // blocks of 32 inputs of a part
 };
 
-// Row and row + 8 of a tile of 16, 8 inputs each.
-struct RowPair {
-  uint4 upper, lower;
-};
-
-// sums += rows times weights, for one block of inputs. `rows(m)` gives this thread's rows of tile
-// m, of which there are num_tiles to multiply.
-template <WeightKind kKind, int kRowTiles, int kColumnTiles, class Rows>
-__device__ __forceinline__ void multiply(const WeightTile<kKind, kColumnTiles>& weights,
-                                         bool has_minimums, int num_tiles, const Rows& rows,
-                                         float (&sums)[kRowTiles][kColumnTiles][4]) {
+// sums += rows times weights, for one block of inputs and 8 rows; `row` are a thread's 8 inputs of
+// one.
+template <WeightKind kKind, int kTiles>
+__device__ __forceinline__ void multiply(const uint4& row, const WeightTile<kKind, kTiles>& weights,
+                                         bool has_minimums, float (&sums)[kTiles][4]) {
+  const auto add_products = [&](float (&to)[kTiles][4]) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-    if (m >= num_tiles) break;
-    const RowPair a = rows(m);
-    const auto add_products = [&](float (&to)[kColumnTiles][4]) {
+    for (int i = 0; i < kTiles; ++i) mma_bf16(to[i], weights.words[i][0], row.x, row.y);
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        mma_bf16(to[n], a.upper.x, a.lower.x, a.upper.y, a.lower.y, weights.words[n][0],
-                 weights.words[n][1]);
+    for (int i = 0; i < kTiles; ++i) mma_bf16(to[i], weights.words[i][1], row.z, row.w);
+  };
+  if constexpr (kKind == WeightKind::kBf16) {
+    add_products(sums);
+  } else {
+    float of_block[kTiles][4] = {};
+    add_products(of_block);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sums[i][j] = fmaf(of_block[i][j], weights.scales[2 * i + j / 2], sums[i][j]);
       }
+    }
+    if (has_minimums) {
+      const uint32_t ones[4] = {0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80};
+      float row_sums[4] = {};  // ones times the rows: the same for all outputs
+      mma_bf16(row_sums, ones, row.x, row.y);
+      mma_bf16(row_sums, ones, row.z, row.w);
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        mma_bf16(to[n], a.upper.z, a.lower.z, a.upper.w, a.lower.w, weights.words[n][2],
-                 weights.words[n][3]);
-      }
-    };
-    if constexpr (kKind == WeightKind::kBf16) {
-      add_products(sums[m]);
-    } else {
-      float of_block[kColumnTiles][4] = {};
-      add_products(of_block);
-      float row_sums[4] = {};  // the rows times ones: the same in all columns
-      if (has_minimums) {
-        constexpr uint32_t kOnes = 0x3F803F80;
-        mma_bf16(row_sums, a.upper.x, a.lower.x, a.upper.y, a.lower.y, kOnes, kOnes);
-        mma_bf16(row_sums, a.upper.z, a.lower.z, a.upper.w, a.lower.w, kOnes, kOnes);
-      }
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int output = i % 2 * kColumnTiles + n;
-          float& sum = sums[m][n][i];
-          sum = fmaf(of_block[n][i], weights.scales[output], sum);
-          if (has_minimums) sum = fmaf(row_sums[i], weights.minimums[output], sum);
+        for (int j = 0; j < 4; ++j) {
+          sums[i][j] = fmaf(row_sums[j], weights.minimums[2 * i + j / 2], sums[i][j]);
         }
       }
+    }
+  }
+}
+
+// Write a thread's sums of 8 rows to rows of `pitch` floats in shared memory.
+template <int kTiles>
+__device__ __forceinline__ void store_sums(const float (&sums)[kTiles][4], float* to, int pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* row = to + (lane % 4 * 2 + i) * pitch + lane / 4 * 2 * kTiles;
+    if constexpr (kTiles == 1) {
+      *reinterpret_cast<float2*>(row) = {sums[0][i], sums[0][2 + i]};
+    } else {
+      *reinterpret_cast<float4*>(row) = {sums[0][i], sums[0][2 + i], sums[1][i], sums[1][2 + i]};
     }
   }
 }
@@ -180,10 +182,10 @@ __device__ __forceinline__ int first_column(int block) {
   return block * kBlockInputs + static_cast<int>(threadIdx.x) % 4 * 8;
 }
 
-template <WeightKind kKind, int kRowTiles, int kColumnTiles>
+template <WeightKind kKind, int kRowTiles, int kTiles>
 struct SplitK {
-  using Tile = WeightTile<kKind, kColumnTiles>;
-  static constexpr int kRows = 16 * kRowTiles, kOutputs = Tile::kOutputs;
+  using Tile = WeightTile<kKind, kTiles>;
+  static constexpr int kRows = 8 * kRowTiles, kOutputs = Tile::kOutputs;
   static constexpr int kStages = 8192 / Tile::kBytes < 8 ? 8192 / Tile::kBytes : 8;
   static constexpr int kStageBytes = kParts * kStages * Tile::kBytes;
   static constexpr int kPitch = kOutputs + 4;  // floats of a row of a part: all banks for 8 lanes
@@ -193,10 +195,10 @@ struct SplitK {
 
 // Shared memory: stages of weights for each warp, later the sums of its part; and normed rows,
 // [block of inputs][row][32] bfloat16.
-template <WeightKind kKind, int kRowTiles, int kColumnTiles, bool kHasNorm>
-__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
+template <WeightKind kKind, int kRowTiles, int kTiles, bool kHasNorm>
+__global__ void __launch_bounds__(kThreads, kRowTiles <= 2 ? 2 : 1)
     split_k_kernel(const Arguments args) {
-  using Shape = SplitK<kKind, kRowTiles, kColumnTiles>;
+  using Shape = SplitK<kKind, kRowTiles, kTiles>;
   using Tile = typename Shape::Tile;
   extern __shared__ __align__(16) uint8_t shared[];
   uint8_t* normed = shared + Shape::kSharedBytes;
@@ -231,39 +233,39 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
     __syncthreads();
   }
 
-  const auto load_row = [&](int block, int row) -> uint4 {
-    const int column = first_column(block);
-    if (row >= num_rows || column >= w.k) return {};
-    if constexpr (kHasNorm) {
-      const uint8_t* from = normed + (block * num_rows + row) * (kBlockInputs * 2);
-      return reinterpret_cast<const uint4*>(from)[lane % 4];
-    } else {
-      const uint16_t* from = args.in.rows + (first_row + row) * args.in.stride + column;
-      return __ldg(reinterpret_cast<const uint4*>(from));
+  const int end_column = min(w.k, end_block * kBlockInputs);
+  const auto load_row = [&](int block, int tile) {
+    const int row = 8 * tile + lane / 4, column = first_column(block);
+    uint4 inputs = {};
+    if (row < num_rows && column < end_column) {
+      if constexpr (kHasNorm) {
+        const uint8_t* from = normed + (block * num_rows + row) * (kBlockInputs * 2);
+        inputs = reinterpret_cast<const uint4*>(from)[lane % 4];
+      } else {
+        const uint16_t* from = args.in.rows + (first_row + row) * args.in.stride + column;
+        inputs = __ldg(reinterpret_cast<const uint4*>(from));
+      }
     }
-  };
-  const auto load_rows = [&](int block, RowPair(&rows)[kRowTiles]) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      rows[m] = {load_row(block, 16 * m + lane / 4), load_row(block, 16 * m + lane / 4 + 8)};
-    }
+    return inputs;
   };
 
-  float sums[kRowTiles][kColumnTiles][4] = {};
-  RowPair rows[kRowTiles], next_rows[kRowTiles];
-  if (first_block < end_block) load_rows(first_block, rows);
+  float sums[kRowTiles][kTiles][4] = {};
+  uint4 rows[kRowTiles];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) rows[m] = load_row(first_block, m);
   int stage = 0;
   for (int block = first_block; block < end_block; ++block) {
     cp_async_wait<Shape::kStages - 2>();
     __syncwarp();  // all lanes have their copies, and have read what the next ones overwrite
     copy(block + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
-    if (block + 1 < end_block) load_rows(block + 1, next_rows);
     Tile weights;
     weights.load(w, stages + stage * Tile::kBytes);
-    multiply(
-        weights, w.minimums != nullptr, (num_rows + 15) / 16, [&](int m) { return rows[m]; }, sums);
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) rows[m] = next_rows[m];
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (8 * m >= num_rows) break;
+      multiply(rows[m], weights, w.minimums != nullptr, sums[m]);
+      rows[m] = load_row(block + 1, m);
+    }
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
 
@@ -271,19 +273,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
   auto* parts = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * m + 8 * half + lane / 4;
-      float* to = parts + (warp * Shape::kRows + row) * Shape::kPitch + lane % 4 * 2 * kColumnTiles;
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; n += 2) {
-          *reinterpret_cast<float2*>(to + side * kColumnTiles + n) = {
-              sums[m][n][2 * half + side], sums[m][n + 1][2 * half + side]};
-        }
-      }
-    }
+    store_sums(sums[m], parts + (warp * Shape::kRows + 8 * m) * Shape::kPitch, Shape::kPitch);
   }
   __syncthreads();
 
@@ -304,19 +294,22 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 2 : 1)
 
 template <WeightKind kKind>
 struct TileShape {
-  using Tile = WeightTile<kKind, 4>;
+  using Tile = WeightTile<kKind, 2>;
   static constexpr int kRowBytes = kTileRows * kBlockInputs * 2;
   static constexpr int kStageBytes = kRowBytes + kTileOutputs / Tile::kOutputs * Tile::kBytes;
-  static constexpr int kSharedBytes = kTileStages * kStageBytes;
+  static constexpr int kPitch = kTileOutputs + 4;  // floats of a row of sums
+  static constexpr int kSumsBytes = kTileRows * kPitch * 4;
+  static constexpr int kSharedBytes =
+      kTileStages * kStageBytes > kSumsBytes ? kTileStages * kStageBytes : kSumsBytes;
 };
 
 // 8 warps, 2 of 64 rows by 4 of 32 outputs. Shared memory: stages of rows, [row][32] bfloat16, and
-// weights.
+// weights; later all sums.
 template <WeightKind kKind>
 __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   using Shape = TileShape<kKind>;
   using Tile = typename Shape::Tile;
-  constexpr int kRowTiles = 4, kColumnTiles = 4;
+  constexpr int kRowTiles = 8, kTiles = 2;
   extern __shared__ __align__(16) uint8_t shared[];
   const Weights& w = args.w;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -325,13 +318,14 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   const int num_rows = min(args.num_rows - first_row, kTileRows);
   const int first_output =
       static_cast<int>(blockIdx.y) * kTileOutputs + warp_column * Tile::kOutputs;
-  const int num_tiles = (num_rows - warp_row * 64 + 15) / 16;
   const bool has_outputs = first_output < w.n;
 
   const auto copy = [&](int block, int stage) {
     if (block < w.blocks) {
       uint8_t* to = shared + stage * Shape::kStageBytes;
-      for (int i = static_cast<int>(threadIdx.x); i < kTileRows * 4; i += kThreads) {
+#pragma unroll
+      for (int first = 0; first < kTileRows * 4; first += kThreads) {
+        const int i = first + static_cast<int>(threadIdx.x);
         const int row = i / 4, column = first_column(block);
         const bool is_there = row < num_rows && column < w.k;
         const int64_t at = is_there ? (first_row + row) * args.in.stride + column : 0;
@@ -347,7 +341,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   };
   for (int i = 0; i < kTileStages - 1; ++i) copy(i, i);
 
-  float totals[kRowTiles][kColumnTiles][4] = {}, sums[kRowTiles][kColumnTiles][4] = {};
+  float totals[kRowTiles][kTiles][4] = {}, sums[kRowTiles][kTiles][4] = {};
   int stage = 0, end_of_part = args.part_blocks;
   for (int block = 0; block < w.blocks; ++block) {
     cp_async_wait<kTileStages - 2>();
@@ -358,19 +352,21 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
       Tile weights;
       weights.load(w, from + Shape::kRowBytes + warp_column * Tile::kBytes);
       const uint4* rows = reinterpret_cast<const uint4*>(from) + warp_row * 64 * 4 + lane;
-      multiply(
-          weights, w.minimums != nullptr, num_tiles,
-          [&](int m) { return RowPair{rows[m * 16 * 4], rows[(m * 16 + 8) * 4]}; }, sums);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if (warp_row * 64 + 8 * m >= num_rows) break;
+        multiply(rows[m * 8 * 4], weights, w.minimums != nullptr, sums[m]);
+      }
     }
     if (block + 1 == end_of_part || block + 1 == w.blocks) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
+        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            totals[m][n][i] += sums[m][n][i];
-            sums[m][n][i] = 0;
+          for (int j = 0; j < 4; ++j) {
+            totals[m][i][j] += sums[m][i][j];
+            sums[m][i][j] = 0;
           }
         }
       }
@@ -379,25 +375,32 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
     stage = stage + 1 == kTileStages ? 0 : stage + 1;
   }
 
+  __syncthreads();  // the stages are read, and become room for the sums
+  auto* all_sums = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = totals[m][i % kColumnTiles][2 * half + i / kColumnTiles];
-      const int row = warp_row * 64 + 16 * m + 8 * half + lane / 4;
-      finish(args, first_row + row, first_output + lane % 4 * 8, x);
-    }
+    const int row = warp_row * 64 + 8 * m, column = warp_column * Tile::kOutputs;
+    store_sums(totals[m], all_sums + row * Shape::kPitch + column, Shape::kPitch);
+  }
+  __syncthreads();
+
+  constexpr int kRowThreads = kTileOutputs / 8;
+#pragma unroll 1
+  for (int first = 0; first < kTileRows * kRowThreads; first += kThreads) {
+    const int item = first + static_cast<int>(threadIdx.x);
+    const int row = item / kRowThreads, column = item % kRowThreads * 8;
+    float x[8];
+    load_8(all_sums + row * Shape::kPitch + column, x);
+    finish(args, first_row + row, static_cast<int>(blockIdx.y) * kTileOutputs + column, x);
   }
 }
 
-template <WeightKind kKind, int kRowTiles, int kColumnTiles, bool kHasNorm>
+template <WeightKind kKind, int kRowTiles, int kTiles, bool kHasNorm>
 void launch_split_k(const Arguments& args, cudaStream_t stream) {
-  using Shape = SplitK<kKind, kRowTiles, kColumnTiles>;
+  using Shape = SplitK<kKind, kRowTiles, kTiles>;
   const int normed_bytes = kHasNorm ? args.num_rows * args.w.blocks * kBlockInputs * 2 : 0;
   const int shared_bytes = Shape::kSharedBytes + normed_bytes;
-  const auto kernel = split_k_kernel<kKind, kRowTiles, kColumnTiles, kHasNorm>;
+  const auto kernel = split_k_kernel<kKind, kRowTiles, kTiles, kHasNorm>;
   allow_shared_memory(kernel, "linear_decode", shared_bytes);
   const dim3 grid((args.num_rows + Shape::kRows - 1) / Shape::kRows,
                   (args.w.n + Shape::kOutputs - 1) / Shape::kOutputs);
@@ -412,9 +415,9 @@ void launch(Arguments args, cudaStream_t stream) {
   if (args.in.stream) {
     if (rows <= kFusedRows && rows * args.w.blocks * kBlockInputs * 2 <= kFusedBytes) {
       if (is_narrow) {
-        launch_split_k<kKind, 1, 2, true>(args, stream);
+        launch_split_k<kKind, 1, 1, true>(args, stream);
       } else {
-        launch_split_k<kKind, 1, 4, true>(args, stream);
+        launch_split_k<kKind, 1, 2, true>(args, stream);
       }
       return;
     }
@@ -429,11 +432,11 @@ void launch(Arguments args, cudaStream_t stream) {
     tile_kernel<kKind><<<tiles, kThreads, kSharedBytes, stream>>>(args);
     check_launch("linear_decode");
   } else if (rows > 16) {
-    launch_split_k<kKind, 4, 4, false>(args, stream);
+    launch_split_k<kKind, 8, 2, false>(args, stream);
   } else if (is_narrow) {
-    launch_split_k<kKind, 1, 2, false>(args, stream);
+    launch_split_k<kKind, 2, 1, false>(args, stream);
   } else {
-    launch_split_k<kKind, 1, 4, false>(args, stream);
+    launch_split_k<kKind, 2, 2, false>(args, stream);
   }
 }
 

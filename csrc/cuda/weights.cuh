@@ -1,11 +1,12 @@
 // Packed weights (../matrix.h) as operands of tensor cores: copied to shared memory as they are,
 // and unpacked to bfloat16 in registers.
 //
-// Inputs are multiplied in blocks of 32, by two mma.m16n8k16. Which input takes which place in them
-// is free, if weights and activations agree: thread t of the 4 that share a row or column has the
-// inputs 8t to 8t + 7 of the block, 16 bytes of a bfloat16 row, and whole words of a panel in every
-// format. Likewise for outputs: 16 bytes of a step of a panel are one word of each of 4 outputs,
-// and these are the same column of 4 mma tiles.
+// Weights are the rows of mma.m16n8k16, 16 outputs, and the rows of activations its columns: 8
+// tokens fill a tile. Inputs are multiplied in blocks of 32, by two of them. Which input takes
+// which place is free, if both operands agree: thread t of the 4 that share an output or token has
+// the inputs 8t to 8t + 7 of the block, 16 bytes of a bfloat16 row, and whole words of a panel in
+// every format. Likewise for outputs: 16 bytes of a step of a panel are a word each of 4 outputs,
+// of one thread.
 //
 // Integers are exact in bfloat16. So sums of a block are of integers, and float32 scales (and
 // minimums, times the sum of the activations) are applied to them.
@@ -85,7 +86,7 @@ __device__ __forceinline__ uint32_t nibbles_to_bf16(uint32_t nibbles) {
   return reinterpret_cast<const uint32_t&>(q);
 }
 
-// 2 or 4 words with one access.
+// 1, 2 or 4 words with one access.
 __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[4]) {
   const uint4 words = *reinterpret_cast<const uint4*>(p);
   out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
@@ -96,12 +97,18 @@ __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[2])
   out[0] = words.x, out[1] = words.y;
 }
 
-// The weights of kTiles mma tiles, 8 outputs each, for a block of inputs.
+__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[1]) {
+  out[0] = *reinterpret_cast<const uint32_t*>(p);
+}
+
+// The weights of kTiles mma tiles, 16 outputs each, for a block of inputs. Thread g of the 8 that
+// have inputs in common has the outputs 2 kTiles g to 2 kTiles (g + 1) - 1: rows g and g + 8 of
+// each tile.
 template <WeightKind kKind, int kTiles>
 struct WeightTile {
-  static_assert(kTiles == 2 || kTiles == 4);
+  static_assert(kTiles == 1 || kTiles == 2);
   static constexpr bool kIsInteger = kKind != WeightKind::kBf16;
-  static constexpr int kOutputs = 8 * kTiles;
+  static constexpr int kOutputs = 16 * kTiles, kThreadOutputs = 2 * kTiles;
   // words of an output that a thread has
   static constexpr int kWords = kKind == WeightKind::kBf16 ? 4 : kKind == WeightKind::kInt8 ? 2 : 1;
   static constexpr int kSteps = 4 * kWords;
@@ -110,89 +117,97 @@ struct WeightTile {
   static constexpr int kDataBytes = kSteps * kChunks * 16;
   static constexpr int kBytes = kDataBytes + (kIsInteger ? 2 * kScaleChunks * 16 : 0);
 
-  // Words of a thread: [output], those of a group of mma tiles' 16 inputs.
-  uint32_t words[kTiles][4];
-  // Of the outputs that a thread has sums of, [2][kTiles] as in sums.
-  float scales[2 * kTiles], minimums[2 * kTiles];
+  uint32_t words[kTiles][2][4];  // operands of the two mma of each tile
+  float scales[kThreadOutputs], minimums[kThreadOutputs];
 
   // Where a chunk of a step lies in shared memory: by word, by thread that reads it, and turned so
   // that 8 lanes that read at once have all banks.
-  static __device__ __forceinline__ int place(int word, int t, int chunk) {
-    const int turn = kTiles == 4 ? 2 * t : t & 2;
+  static __device__ __forceinline__ unsigned place(unsigned word, unsigned t, unsigned chunk) {
+    const unsigned turn = kTiles == 2 ? 2 * t : t & 2;
     return ((word * 4 + t) * kChunks + (chunk ^ turn)) * 16;
   }
 
   // Start to copy a block of `w` to shared memory, by kThreads threads.
   template <int kThreads>
   static __device__ __forceinline__ void copy(const Weights& w, int first_output, int block,
-                                              uint8_t* shared, int thread) {
+                                              uint8_t* shared, unsigned thread) {
     const int panel = first_output / kPanelWidth, lane = first_output % kPanelWidth;
-    const uint8_t* steps = w.data + panel * w.panel_bytes + lane * 4;
-    for (int i = thread; i < kSteps * kChunks; i += kThreads) {
-      const int step = i / kChunks, chunk = i % kChunks, in_panel = block * kSteps + step;
-      const bool is_there = in_panel < w.steps;
+    const unsigned chunk = thread % kChunks;
+    const int first_step = block * kSteps;
+    const uint8_t* from = w.data + panel * w.panel_bytes +
+                          (int64_t{first_step} * kPanelWidth + lane) * 4 + chunk * 16;
+    constexpr unsigned kCopies = kSteps * kChunks;
+#pragma unroll
+    for (unsigned first = 0; first < kCopies; first += kThreads) {
+      if (first + kThreads > kCopies && first + thread >= kCopies) break;
+      const unsigned step = (first + thread) / kChunks;
       cp_async_16(shared + place(step % kWords, step / kWords, chunk),
-                  steps + int64_t{is_there ? in_panel : 0} * (kPanelWidth * 4) + chunk * 16,
-                  is_there);
+                  from + step * (kPanelWidth * 4), first_step + static_cast<int>(step) < w.steps);
     }
     if (kIsInteger && w.scales) {
-      const int part = thread / kScaleChunks, chunk = thread % kScaleChunks;
-      const uint16_t* from = part == 0 ? w.scales : w.minimums;
-      if (part < 2 && from) {
+      const unsigned part = thread / kScaleChunks;  // first the scales, then the minimums
+      const uint16_t* of_groups = part == 0 ? w.scales : w.minimums;
+      if (part < 2 && of_groups) {
         const int64_t group = int64_t{panel} * w.groups + (block >> w.group_shift);
         cp_async_16(shared + kDataBytes + thread * 16,
-                    from + group * kPanelWidth + lane + chunk * 8, true);
+                    of_groups + group * kPanelWidth + lane + thread % kScaleChunks * 8, true);
       }
     }
   }
 
   // Read what was copied, by a warp.
   __device__ __forceinline__ void load(const Weights& w, const uint8_t* shared) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      // 16 bytes are the words of 4 outputs: of all tiles of a column, or of two columns
-      uint32_t of_tile[kTiles];
-      load_words(shared + place(word, t, g * kTiles / 4) + g * kTiles % 4 * 4, of_tile);
+      uint32_t of_outputs[kThreadOutputs];
+      load_words(shared + place(word, t, g * kTiles / 2) + g * kTiles % 2 * 8, of_outputs);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) unpack(of_tile[tile], word, words[tile]);
+      for (int i = 0; i < kThreadOutputs; ++i) unpack(of_outputs[i], word, i % 2, words[i / 2]);
     }
     if constexpr (kIsInteger) {
-      const uint8_t* at = shared + kDataBytes + t * kTiles * 4;
+      const uint8_t* at = shared + kDataBytes + g * kThreadOutputs * 2;
       load_halves(w.scales, at, 1.0f, scales);
       load_halves(w.minimums, at + kScaleChunks * 16, 0.0f, minimums);
     }
   }
 
  private:
-  static __device__ __forceinline__ void unpack(uint32_t packed, int word, uint32_t (&out)[4]) {
+  // Put a word of the first (row 0) or second output of a tile where the two mma take it from.
+  static __device__ __forceinline__ void unpack(uint32_t packed, int word, int row,
+                                                uint32_t (&out)[2][4]) {
     if constexpr (kKind == WeightKind::kBf16) {
-      out[word] = packed;
+      out[word / 2][word % 2 * 2 + row] = packed;
     } else {
-      const uint32_t first = __byte_perm(packed, 0, 0x4140),
-                     second = __byte_perm(packed, 0, 0x4342);
+      const uint32_t first = __byte_perm(packed, 0, 0x4140);
+      const uint32_t second = __byte_perm(packed, 0, 0x4342);
       if constexpr (kKind == WeightKind::kInt8) {
-        out[2 * word] = bytes_to_bf16(first);
-        out[2 * word + 1] = bytes_to_bf16(second);
+        out[word][row] = bytes_to_bf16(first);
+        out[word][2 + row] = bytes_to_bf16(second);
       } else {
-        out[0] = nibbles_to_bf16(first);
-        out[1] = nibbles_to_bf16(second);
-        out[2] = nibbles_to_bf16(first >> 4);
-        out[3] = nibbles_to_bf16(second >> 4);
+        out[0][row] = nibbles_to_bf16(first);
+        out[0][2 + row] = nibbles_to_bf16(second);
+        out[1][row] = nibbles_to_bf16(first >> 4);
+        out[1][2 + row] = nibbles_to_bf16(second >> 4);
       }
     }
   }
 
-  // Float16 values of a thread's 2 kTiles outputs, or what stands for them where there are none.
+  // Float16 values of a thread's outputs, or what stands for them where there are none.
   static __device__ __forceinline__ void load_halves(const void* source, const uint8_t* shared,
-                                                     float none, float (&out)[2 * kTiles]) {
-    uint32_t pairs[kTiles] = {};
-    if (source) load_words(shared, pairs);
+                                                     float none, float (&out)[kThreadOutputs]) {
+    if (source == nullptr) {
+#pragma unroll
+      for (float& value : out) value = none;
+      return;
+    }
+    uint32_t pairs[kTiles];
+    load_words(shared, pairs);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const float2 two = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
-      out[2 * i] = source ? two.x : none;
-      out[2 * i + 1] = source ? two.y : none;
+      out[2 * i] = two.x;
+      out[2 * i + 1] = two.y;
     }
   }
 };

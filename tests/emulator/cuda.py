@@ -26,7 +26,7 @@ from . import machine
 from .build import CUDA_HOME, NVCC, shared_library
 from .lowering import lower
 from .machine import Fault, Machine, Options, OptionsStruct
-from .ptx import Kernel, Unsupported, read_kernels
+from .ptx import Module, Unsupported
 
 __all__ = [
     "DeviceTensor", "Fault", "Settings", "call_op", "empty", "fault", "leaks", "library", "load_ops", "reset", "settings", "synchronize",
@@ -77,7 +77,7 @@ class _Kernel(ctypes.Structure):
 _LOADER = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Kernel)
 )
-_modules: dict[int, dict[str, Kernel]] = {}
+_modules: dict[int, Module] = {}
 _loaded: list[Any] = []  # what the runtime points to
 
 
@@ -86,22 +86,23 @@ def _load(module: int, ptx: bytes, name: bytes, out: Any) -> bool:
     """Translate a kernel for the runtime."""
     try:
         if module not in _modules:
-            _modules[module] = read_kernels(ptx.decode())
-        kernel = _modules[module][name.decode()]
-        program = Machine(lower(kernel))
+            _modules[module] = Module(ptx.decode())
+        kernel = _modules[module].kernel(name.decode())
+        program = lower(kernel)
+        handle = Machine(program).handle
     except Unsupported as error:
         runtime().emulator_refuse(str(error).encode())
         return False
     params = kernel.params
     offsets = (ctypes.c_uint32 * len(params.offsets))(*params.offsets.values())
     sizes = (ctypes.c_uint32 * len(params.sizes))(*params.sizes.values())
-    for variable, memory in program.program.buffers.items():
+    for variable, memory in program.buffers.items():
         text = variable.encode()
         runtime().emulator_register(memory, ctypes.c_size_t(len(memory)), text)
         _loaded.append(text)
-    _loaded.extend([program, offsets, sizes])
+    _loaded.extend([program.buffers, offsets, sizes])
     out[0] = _Kernel(
-        program.handle, len(offsets), params.num_bytes, kernel.shared_bytes, kernel.shared.num_bytes, kernel.local.num_bytes,
+        handle, len(offsets), params.num_bytes, kernel.shared_bytes, kernel.shared.num_bytes, kernel.local.num_bytes,
         kernel.max_threads, offsets, sizes,
     )  # fmt: skip
     return True

@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from .lowering import lower
 from .machine import Fault, Machine, Options
-from .ptx import Unsupported, read_kernels
+from .ptx import Module, Unsupported
 
 __all__ = ["Fault", "Options", "Unsupported", "install", "options"]
 
@@ -63,7 +63,7 @@ class _Launcher:
         self.metadata = kernel.metadata
         if self.metadata.shared > MAX_SHARED_BYTES:
             raise OutOfResources(self.metadata.shared, MAX_SHARED_BYTES, "shared memory")
-        self.kernel = read_kernels(kernel.asm["ptx"])[self.metadata.name]
+        self.kernel = Module(kernel.asm["ptx"]).kernel(self.metadata.name)
         self.machine = Machine(lower(self.kernel))
         self.types = list(kernel.src.signature.items())
 

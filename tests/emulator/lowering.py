@@ -58,7 +58,7 @@ class Program:
     statements: list[Statement] = field(default_factory=list)  # of each row
     constants: bytes = b""  # the registers that are filled beforehand
     register_bytes: int = 0
-    # the kernel's constants in global memory
+    # the kernel's variables in global memory
     buffers: dict[str, ctypes.Array] = field(default_factory=dict)
     global_granule: int = 4  # log2 of the narrowest access
     shared_granule: int = 4
@@ -72,8 +72,8 @@ class _Lowering:
         self.program = Program(kernel)
         self.file = RegisterFile(kernel)
         self.program.buffers = {
-            name: ctypes.create_string_buffer(value, len(value))
-            for name, value in kernel.constants.items()
+            name: (ctypes.c_char * len(value)).from_buffer(value)
+            for name, value in kernel.variables.items()
         }
         # an address in param, shared or local memory is an offset
         self.addresses = {

@@ -140,12 +140,12 @@ class Machine:
     ) -> None:
         """Run a grid; `buffers` are all the memory it may access, as (address, number of bytes, name)."""
         size = ctypes.c_size_t
-        constants = [
+        variables = [
             (ctypes.addressof(b), len(b), name) for name, b in self.program.buffers.items()
         ]
         ranges = [
             _Buffer(start, start + length, name.encode())
-            for start, length, name in (*buffers, *constants)
+            for start, length, name in (*buffers, *variables)
         ]
         settings = options.as_struct()
         message = _library().simt_launch(

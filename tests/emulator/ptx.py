@@ -77,7 +77,7 @@ class Kernel:
     shared: Variables  # static ones, with gaps; those of dynamic size start behind them
     shared_bytes: int  # of the static ones without gaps
     local: Variables  # of each thread
-    constants: dict[str, bytes]  # in global memory, with their values
+    variables: dict[str, bytearray]  # in global memory, with their values: those of the module
     register_types: dict[str, str]  # "%r" of a family `%r<9>`, or a whole name -> "b32"
     body: list[Statement | Label]
 
@@ -105,8 +105,8 @@ _VARIABLE = re.compile(
     r"(\.extern\s+)?(?:\.(?:visible|weak|common)\s+)?\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?"
     r"\.(\w+)\s+([\w$.]+)(\[(\d*)\])?$"
 )
-_CONSTANT = re.compile(
-    r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[\d*\])?\s*=\s*\{?([^;{}]*)\}?\s*;"
+_GLOBAL = re.compile(
+    r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?(?:\s*=\s*\{?([^;{}]*)\}?)?\s*;"
 )
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\s+\.(?:global|shared|const|local))?(?:\s+\.align\s+\d+)?)?"
@@ -205,26 +205,47 @@ class _Body:
         return re.sub(r"%?[A-Za-z_$][\w$]*", lambda found: names.get(found[0], found[0]), text)
 
 
-def read_kernels(text: str) -> dict[str, Kernel]:
-    """Read all kernels (`.entry`) of a module."""
-    files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
-    text = _COMMENT.sub(" ", _FILE.sub("", text))
-    module = text[
-        : min((found.start() for found in re.finditer(r"\.(entry|func)\b", text)), default=0)
-    ]
-    module_variables = re.findall(r"^\s*([^;{}\n]*\.shared\s[^;{}]*);", module, re.M)
-    constants = {
-        name: b"".join(
-            int(value.strip().rstrip("U"), 0).to_bytes(num_bytes(ptx_type), "little")
-            for value in values.split(",")
+class Module:
+    """A module of PTX, whose kernels (`.entry`) are read when they are asked for."""
+
+    def __init__(self, text: str):
+        self._files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
+        self._text = _COMMENT.sub(" ", _FILE.sub("", text))
+        self._entries = {entry[1]: entry for entry in _ENTRY.finditer(self._text)}
+        first = re.search(r"\.(entry|func)\b", self._text)
+        head = self._text[: first.start() if first else 0]
+        self._shared = re.findall(r"^\s*([^;{}\n]*\.shared\s[^;{}]*);", head, re.M)
+        self._variables = dict(_global_variables(head))
+
+    @property
+    def kernel_names(self) -> list[str]:
+        return list(self._entries)
+
+    def kernel(self, name: str) -> Kernel:
+        if name not in self._entries:
+            raise Unsupported(f"the module has no kernel {name}")
+        return _read_kernel(
+            self._text, self._entries[name], self._files, self._shared, self._variables
         )
-        for ptx_type, name, values in _CONSTANT.findall(module)
-        if ptx_type[0] != "f"
-    }
-    return {
-        entry[1]: _read_kernel(text, entry, files, module_variables, constants)
-        for entry in _ENTRY.finditer(text)
-    }
+
+
+def _global_variables(head: str) -> Iterator[tuple[str, bytearray]]:
+    """The variables in global and constant memory that a module declares, with their values."""
+    for ptx_type, name, count, values in _GLOBAL.findall(head):
+        size = num_bytes(ptx_type)
+        memory = bytearray(size * int(count or 1))
+        try:
+            for i, value in enumerate(values.split(",") if values else []):
+                memory[i * size : (i + 1) * size] = _bytes_of(value.strip(), size)
+        except ValueError:
+            continue  # an address: it cannot be told here, and who uses the variable will say so
+        yield name, memory
+
+
+def _bytes_of(literal: str, size: int) -> bytes:
+    if literal[:2].lower() in ("0f", "0d"):  # the bits of a float
+        return bytes.fromhex(literal[2:])[::-1]
+    return (int(literal.rstrip("U"), 0) % (1 << 8 * size)).to_bytes(size, "little")
 
 
 def _max_threads(directives: str) -> int:
@@ -238,7 +259,7 @@ def _read_kernel(
     entry: re.Match,
     files: dict[str, str],
     module_variables: list[str],
-    constants: dict[str, bytes],
+    global_variables: dict[str, bytearray],
 ) -> Kernel:
     body = _Body(files)
     body.read(text, entry.end())
@@ -274,7 +295,7 @@ def _read_kernel(
         shared=spaces["shared"],
         shared_bytes=shared_bytes,
         local=spaces["local"],
-        constants={name: value for name, value in constants.items() if name in used},
+        variables={name: value for name, value in global_variables.items() if name in used},
         register_types=body.types,
         body=body.parts,
     )

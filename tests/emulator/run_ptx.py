@@ -8,7 +8,7 @@ import numpy as np
 
 from .lowering import lower
 from .machine import Machine, Options
-from .ptx import read_kernels
+from .ptx import Module
 
 _KERNEL = """
 .version 8.0
@@ -40,7 +40,7 @@ def run_ptx(
     """
     params = ", ".join(f".param .u64 a{i}" for i in range(len(arrays)))
     loads = "\n".join(f"ld.param.u64 %d{90 + i}, [a{i}];" for i in range(len(arrays)))
-    kernel = read_kernels(_KERNEL.format(params=params, loads=loads, body=body))["k"]
+    kernel = Module(_KERNEL.format(params=params, loads=loads, body=body)).kernel("k")
     addresses = [array.ctypes.data for array in arrays]
     Machine(lower(kernel)).launch(
         grid=(num_blocks, 1, 1),

@@ -130,12 +130,13 @@ class AdaptedSingularProducts(AdaptedProducts):
         return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(self.step)}
+        state = super().state_dict() | {"step": torch.tensor(self.step)}
         for kind in ("sensitivity", "uncertainty", "is_kept"):
             state |= {f"{kind}.{name}": tensor for name, tensor in getattr(self, kind).items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.fill({name: state[name] for name in self.trainable_parameters()})
         self.step = int(state["step"])
         for kind in ("sensitivity", "uncertainty", "is_kept"):
             for name, tensor in getattr(self, kind).items():

@@ -107,15 +107,16 @@ class Adapted:
         optimizer.step()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What resuming the training needs besides the parameters and the optimizer's state."""
-        return {}
+        """All that the training changed, but the optimizer's state; tensors of the model, not copies."""
+        return {name: p.detach() for name, p in self.trainable_parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Go back to what `state_dict` gave."""
+        self.fill(state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was trained, as it is saved."""
-        return {name: p.detach() for name, p in self.trainable_parameters().items()}
+        """What is saved of it."""
+        return Adapted.state_dict(self)
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:

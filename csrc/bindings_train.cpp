@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "train/attention.h"
 #include "train/gemm.h"
 #include "train/parallel.h"
 
@@ -164,6 +165,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   return {dx, dw_in, db_in, dw_out, db_out};
 }
 
+// Heads whose elements lie side by side, whatever the strides between them.
+Tensor with_adjacent_elements(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window,
+                       double scale) {
+  Attention a = {};
+  a.dtype = dtype_of(q);
+  a.q = q.const_data_ptr();
+  a.k = k.const_data_ptr();
+  a.v = v.const_data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    a.q_strides[i] = q.stride(i);
+    a.k_strides[i] = k.stride(i);
+    a.v_strides[i] = v.stride(i);
+  }
+  a.num_sequences = q.size(0);
+  a.num_queries = q.size(1);
+  a.num_keys = k.size(1);
+  a.num_heads = q.size(2);
+  a.num_kv_heads = k.size(2);
+  a.head_dim = q.size(3);
+  a.window = window;
+  a.scale = static_cast<float>(scale);
+  return a;
+}
+
+// The output, and the log-sum-exp of the scores (B, H, T) for backward.
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             int64_t window, double scale) {
+  const Tensor q_ = with_adjacent_elements(q), k_ = with_adjacent_elements(k);
+  const Tensor v_ = with_adjacent_elements(v);
+  Tensor out = empty_of(q), lse = empty_of({q.size(0), q.size(2), q.size(1)}, q, at::kFloat);
+  Attention a = attention_of(q_, k_, v_, window, scale);
+  a.out = out.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr<float>();
+  attention(a);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v,
+                                                      const Tensor& out, const Tensor& lse,
+                                                      int64_t window, double scale) {
+  const Tensor q_ = with_adjacent_elements(q), k_ = with_adjacent_elements(k);
+  const Tensor v_ = with_adjacent_elements(v), g = grad.contiguous();
+  Tensor dq = empty_of(q), dk = empty_of(k), dv = empty_of(v);
+  Attention a = attention_of(q_, k_, v_, window, scale);
+  a.out = out.data_ptr();
+  a.lse = lse.data_ptr<float>();
+  a.dout = g.const_data_ptr();
+  a.dq = dq.mutable_data_ptr();
+  a.dk = dk.mutable_data_ptr();
+  a.dv = dv.mutable_data_ptr();
+  attention(a);
+  return {dq, dk, dv};
+}
+
 }  // namespace
 }  // namespace leangpt::train
 
@@ -178,6 +236,10 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
   m.def(
       "mlp_backward(Tensor grad, Tensor x, Tensor h, Tensor w_in, Tensor w_out, str activation, "
       "ScalarType compute, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "int window, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
@@ -185,4 +247,6 @@ TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
   m.impl("linear_backward", &leangpt::train::linear_backward);
   m.impl("mlp", &leangpt::train::mlp);
   m.impl("mlp_backward", &leangpt::train::mlp_backward);
+  m.impl("attention", &leangpt::train::attention_forward);
+  m.impl("attention_backward", &leangpt::train::attention_backward);
 }

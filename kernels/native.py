@@ -27,5 +27,7 @@ def _load() -> str | None:
 
 unavailable_reason = _load()
 # the ops of ops.py that the loaded extension implements
-OPS: frozenset[str] = frozenset() if unavailable_reason else frozenset({"linear", "mlp"})
+OPS: frozenset[str] = (
+    frozenset() if unavailable_reason else frozenset({"attention", "linear", "mlp"})
+)
 DIFFERENTIABLE: frozenset[str] = OPS  # those with a native backward

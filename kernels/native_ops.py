@@ -51,6 +51,23 @@ def mlp(
     return torch.ops.leangpt.mlp(x, w_in, b_in, w_out, b_out, residual, activation, dtype)[0]
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens_k: Tensor | None,
+    sliding_window: int | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    if seqlens_k is not None or dropout_p or q.shape[1] < MIN_ROWS:
+        return reference.attention(q, k, v, seqlens_k, sliding_window, softmax_scale, dropout_p)
+    dtype = compute_dtype(q)
+    window = k.shape[1] if sliding_window is None else sliding_window
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return torch.ops.leangpt.attention(q.to(dtype), k.to(dtype), v.to(dtype), window, scale)[0]
+
+
 def _register() -> None:
     """The fake implementation and the gradients of each op."""
     ops, register_fake = torch.ops.leangpt, torch.library.register_fake
@@ -111,6 +128,27 @@ def _register() -> None:
         return *_wanted(gradients, wanted), grad if wants_residual else None, None, None
 
     register_autograd("mlp", mlp_backward, keep_mlp)
+
+    @register_fake("leangpt::attention")
+    def _(q, k, v, window, scale):
+        B, T, H, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+    @register_fake("leangpt::attention_backward")
+    def _(grad, q, k, v, out, lse, window, scale):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def keep_attention(ctx, inputs, output):
+        *tensors, ctx.window, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def attention_backward(ctx, grad, _):
+        gradients = ops.attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
+        return *gradients, None, None
+
+    register_autograd("attention", attention_backward, keep_attention)
 
 
 if native.unavailable_reason is None:

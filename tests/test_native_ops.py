@@ -1,5 +1,6 @@
 """The CPU kernels of training against float64, by the error rule, with gradients; fakes, autograd and torch.compile."""
 
+import functools
 
 import pytest
 import torch
@@ -79,3 +80,31 @@ class TestMlp:
             out = ops.mlp(x, w_in, None, w_out, None, "swiglu")
         with use_backend("reference"):
             torch.testing.assert_close(out, ops.mlp(x, w_in, None, w_out, None, "swiglu"))
+
+
+class TestAttention:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("window", [None, 1, 20], ids="window={}".format)
+    @pytest.mark.parametrize(
+        "shape", [(2, 33, 33, 2, 2, 8), (1, 130, 130, 4, 2, 40), (2, 50, 77, 3, 1, 65)], ids=str
+    )
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, shape, window, dtype):
+        B, T, S, H, H_kv, D = shape
+        tensors = [
+            randn(B, T, H, D, dtype=dtype),
+            randn(B, S, H_kv, D, dtype=dtype),
+            randn(B, S, H_kv, D, dtype=dtype),
+        ]
+        check_op(functools.partial(ops.attention, sliding_window=window), tensors, "native")
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_straight_from_packed_qkv(self, dtype):
+        def call(qkv):
+            return ops.attention(*qkv.split((4, 2, 2), dim=2), softmax_scale=0.3)
+
+        check_op(call, [randn(2, 64, 8, 16, dtype=dtype)], "native")
+
+    def test_scores_far_apart(self):
+        tensors = [randn(1, 100, 2, 16) * 20, randn(1, 100, 2, 16) * 20, randn(1, 100, 2, 16)]
+        check_op(ops.attention, tensors, "native")

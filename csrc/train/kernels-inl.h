@@ -4,8 +4,11 @@
 #include "../cpu/exp-inl.h"
 #include "activation-inl.h"
 #include "gemm-inl.h"
+#include "attention-inl.h"
 // clang-format on
 
 const Kernels kTable = {
-    kTileRows, kPanel, units, pack_panel, pack_rows, multiply, finish, sum_rows,
+    kTileRows,          kPanel, units,    pack_panel,        pack_rows,
+    multiply,           finish, sum_rows, attention_scratch, attention_forward,
+    attention_backward,
 };

@@ -53,14 +53,15 @@ struct Attention {
   const void *q, *k,
       *v;  // element (b, t, h, d) at b * strides[0] + t * strides[1] + h * strides[2] + d
   int64_t q_strides[3], k_strides[3], v_strides[3];
-  int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;  // T, S, H, H_kv, D
+  int64_t num_sequences, num_queries, num_keys, num_heads, num_kv_heads,
+      head_dim;  // B, T, S, H, H_kv, D
   int64_t window;
   float scale;
   void* out;   // (B, T, H, D)
   float* lse;  // (B, H, T): log of the sum of exp(scale * score)
   // backward alone
-  const void* dout;  // (B, T, H, D)
-  void *dq, *dk, *dv;
+  const void* dout = nullptr;  // (B, T, H, D)
+  void *dq, *dk, *dv;          // as q, k and v, contiguous
 };
 
 struct Kernels {
@@ -86,6 +87,12 @@ struct Kernels {
   // Sums over the rows of a (rows, n) matrix, of `columns` columns from the given one on.
   void (*sum_rows)(const void* x, Dtype dtype, int64_t rows, int64_t n, int64_t first_column,
                    int64_t columns, float* out);
+
+  // The query heads that read one key head of one sequence. `scratch` is attention_scratch()
+  // floats; backward is where there is a `dout`.
+  int64_t (*attention_scratch)(const Attention& a);
+  void (*attention_forward)(const Attention& a, int64_t sequence, int64_t kv_head, float* scratch);
+  void (*attention_backward)(const Attention& a, int64_t sequence, int64_t kv_head, float* scratch);
 };
 
 const Kernels& kernels();  // of the active ISA, see ../cpu/isa.h

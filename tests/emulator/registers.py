@@ -11,7 +11,16 @@ ALIGNMENT = 64
 # filled by Launch::start in simt/scheduler.cpp, in this order
 SPECIAL_REGISTERS = [
     *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
-    *("%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt"),
+    *(
+        "%laneid",
+        "%warpid",
+        "%lanemask_eq",
+        "%lanemask_lt",
+        "%lanemask_le",
+        "%lanemask_gt",
+        "%lanemask_ge",
+    ),
+    "%nwarpid",
 ]
 _CONSTANT = 1 << 31  # marks an offset among the constants, until their number is known
 

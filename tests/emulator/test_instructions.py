@@ -410,3 +410,60 @@ def test_conversions():
     assert (
         run_instruction("cvt.u32.u64", n.view("u8"), output="u4") == n.view("u8").astype("u4")
     ).all()
+    for kind in ("s8", "u8", "s16", "u16"):
+        dtype = np.dtype(kind.replace("s", "i")[0] + str(int(kind[1:]) // 8))
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        wide = np.dtype(f"{dtype.kind}2")  # PTX has no registers of 8 bits
+        out = run_instruction(f"cvt.sat.{kind}.s32", n.astype("i4"), output=wide)
+        assert (out == n.astype("i4").clip(low, high)).all(), kind
+        sat = "sat." if kind[1:] == "8" else ""
+        out = run_instruction(f"cvt.rni.{sat}{kind}.f32", bits, output=wide)
+        values = x.nan_to_num(0.0, posinf=3e38, neginf=-3e38).round().clamp(low, high)
+        assert (out == values.numpy()).all(), kind
+
+
+def test_conversions_to_bf16():
+    x = floats(11)
+    bits = as_bits(x)
+    toward_zero = torch.from_numpy(run_instruction("cvt.rz.bf16.f32", bits, output="i2")).view(
+        torch.bfloat16
+    )
+    truncated = (x.view(torch.int32) >> 16 << 16).view(torch.float32)
+    assert ((toward_zero.float() == truncated) | x.isnan() & toward_zero.isnan()).all()
+    out = run_instruction("cvt.rn.relu.bf16x2.f32", bits, bits, output="i4")
+    positive = (x.relu() + 0.0).bfloat16()  # without a sign
+    assert_same((out & 0xFFFF).astype("u2").view("i2"), positive, "relu")
+    assert_same((out >> 16).astype("i2"), positive, "relu")
+
+
+def test_dot_products_of_bytes():
+    a, b, c = (integers(32, False, seed) for seed in range(3))
+    for kind_a in "su":
+        for kind_b in "su":
+            bytes_a, bytes_b = (
+                words.view("i1" if kind == "s" else "u1").reshape(-1, 4).astype("i8")
+                for kind, words in ((kind_a, a), (kind_b, b))
+            )
+            expected = (bytes_a * bytes_b).sum(1) + c.astype("i8")
+            out = run_instruction(f"dp4a.{kind_a}32.{kind_b}32", a, b, c, output="u4")
+            assert (out == expected.astype("u4")).all()
+
+
+def test_find_bit():
+    for bits in (32, 64):
+        for kind in "su":
+            a = integers(bits, kind == "s", 1)
+            places = [(~v if v < 0 else v).bit_length() - 1 for v in a.tolist()]
+            out = run_instruction(f"bfind.{kind}{bits}", a, output="u4")
+            assert out.tolist() == [p % 2**32 for p in places]
+            out = run_instruction(f"bfind.shiftamt.{kind}{bits}", a, output="u4")
+            assert out.tolist() == [2**32 - 1 if p < 0 else bits - 1 - p for p in places]
+
+
+def test_saturating_floats():
+    x, y = floats(12), floats(13)
+    x[::2], y[::2] = torch.rand(128), torch.rand(128) - 0.5
+    for name, function in (("add", torch.add), ("mul", torch.mul)):
+        expected = function(x, y).nan_to_num(0.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+        out = run_instruction(f"{name}.sat.f32", as_bits(x), as_bits(y), output="f4")
+        assert (out == expected.numpy()).all(), name

@@ -253,3 +253,31 @@ def test_ldmatrix(count, is_transposed):
     if is_transposed:
         matrices = matrices.transpose(0, 2, 1)
     assert (out.view("u2").reshape(count, 8, 8) == matrices).all()
+
+
+def test_special_registers():
+    for name, expected in (
+        ("%lanemask_eq", 1 << LANES), ("%lanemask_lt", (1 << LANES) - 1), ("%lanemask_le", (2 << LANES) - 1),
+        ("%lanemask_gt", 2**32 - (2 << LANES)), ("%lanemask_ge", 2**32 - (1 << LANES)),
+        ("%laneid", LANES), ("%nwarpid", 0 * LANES + 1),
+    ):  # fmt: skip
+        assert (run_warp(f"mov.u32 %r1, {name};") == expected).all(), name
+
+
+def test_barriers_that_count_votes():
+    """Of all threads of a block, and of two of its three warps."""
+    out = np.zeros(96, "u4")
+    body = """
+    mov.u32 %r1, 0; setp.lt.u32 %p1, %r90, 40;
+    barrier.sync.aligned 0;
+    barrier.cta.red.popc.aligned.u32 %r2, 0, %p1;
+    bar.red.and.pred %p2, 0, %p1; bar.red.or.pred %p3, 0, %p1;
+    setp.ge.u32 %p4, %r90, 64; @%p4 bra END;
+    bar.red.and.pred %p5, 3, 64, !%p4; bar.red.or.pred %p6, 3, 64, %p4;
+    END: selp.u32 %r3, 100, 0, %p2; selp.u32 %r4, 200, 0, %p3; add.u32 %r2, %r2, %r3; add.u32 %r2, %r2, %r4;
+    @%p4 bra STORE; selp.u32 %r3, 1000, 0, %p5; selp.u32 %r4, 2000, 0, %p6; add.u32 %r2, %r2, %r3; add.u32 %r2, %r2, %r4;
+    STORE: mad.wide.u32 %d1, %r90, 4, %d90; st.global.b32 [%d1], %r2;
+    """
+    for seed in range(5):
+        run_ptx(body, [out], num_threads=96, seed=seed, preempt=3)
+        assert (out == 240 + 1000 * (np.arange(96) < 64)).all()

@@ -138,6 +138,36 @@ void bit_fields() {
   });
 }
 
+// a's four bytes times b's, and c
+template <class A, class B>
+void dot_product() {
+  using Sum = std::conditional_t<std::is_signed_v<A> || std::is_signed_v<B>, int32_t, uint32_t>;
+  const auto suffix_of = [](auto type) {
+    return std::is_signed_v<decltype(type)> ? std::string(".s32") : std::string(".u32");
+  };
+  define<Sum(uint32_t, uint32_t, Sum)>(
+      "dp4a" + suffix_of(A()) + suffix_of(B()), [](uint32_t a, uint32_t b, Sum c) {
+        uint32_t sum = static_cast<uint32_t>(c);
+        for (int i = 0; i < 4; ++i)
+          sum += int32_t{static_cast<A>(a >> 8 * i)} * int32_t{static_cast<B>(b >> 8 * i)};
+        return static_cast<Sum>(sum);
+      });
+}
+
+// The place of the highest bit that is not the sign's; -1: there is none.
+template <class T>
+void find_bit() {
+  using U = std::make_unsigned_t<T>;
+  const auto highest = [](T a) {
+    const U bits = a < 0 ? ~U(a) : U(a);
+    return bits ? uint32_t(63 - __builtin_clzll(bits)) : ~0u;
+  };
+  define<uint32_t(T)>("bfind." + suffix<T>(), highest);
+  define<uint32_t(T)>("bfind.shiftamt." + suffix<T>(), [=](T a) {
+    return highest(a) == ~0u ? ~0u : uint32_t(8 * sizeof(T) - 1) - highest(a);
+  });
+}
+
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   uint32_t result = 0;
@@ -185,6 +215,9 @@ void bits() {
   define<uint32_t(uint32_t, uint32_t, uint32_t)>(
       "prmt.b32",
       [](uint32_t a, uint32_t b, uint32_t selector) { return permute_bytes(a, b, selector); });
+  dot_product<int8_t, int8_t>(), dot_product<int8_t, uint8_t>();
+  dot_product<uint8_t, int8_t>(), dot_product<uint8_t, uint8_t>();
+  find_bit<int32_t>(), find_bit<uint32_t>(), find_bit<int64_t>(), find_bit<uint64_t>();
   define<uint32_t(uint32_t, uint32_t, uint32_t, uint32_t)>(
       "lop3.b32", [](uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
         uint32_t result = 0;
@@ -278,6 +311,9 @@ void floats() {
   binary_floats("div", [](auto a, auto b) { return a / b; });
   binary_floats("min", [](auto a, auto b) { return std::fmin(a, b); });
   binary_floats("max", [](auto a, auto b) { return std::fmax(a, b); });
+  const auto unit = [](float a) { return std::fmin(std::fmax(a, 0.0f), 1.0f); };  // NaN is 0
+  binary<float>("add.sat", [=](float a, float b) { return unit(a + b); });
+  binary<float>("mul.sat", [=](float a, float b) { return unit(a * b); });
   binary_floats("copysign", [](auto a, auto b) { return std::copysign(b, a); });
   define<float(float, float)>(
       "min.NaN.f32", [](float a, float b) { return propagate_nan(a, b, std::fmin(a, b)); });

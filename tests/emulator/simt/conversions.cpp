@@ -1,4 +1,5 @@
 // mov and cvt: copies, vectors of registers, and every conversion between number formats.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -21,18 +22,29 @@ To saturate(From value) {
   return static_cast<To>(value);
 }
 
+// An integer becomes the nearest one of another type.
+template <class To, class From>
+To clamp(From value) {
+  using Limits = std::numeric_limits<To>;
+  const __int128 wide = value;
+  return static_cast<To>(
+      std::min<__int128>(std::max<__int128>(wide, Limits::min()), Limits::max()));
+}
+
 template <class To, class From>
 void integer_to_integer() {
-  define<To(From)>("cvt." + suffix<To>() + "." + suffix<From>(),
-                   [](From a) { return static_cast<To>(a); });
+  const std::string types = suffix<To>() + "." + suffix<From>();
+  define<To(From)>("cvt." + types, [](From a) { return static_cast<To>(a); });
+  define<To(From)>("cvt.sat." + types, [](From a) { return clamp<To>(a); });
 }
 
 template <class Integer, class Float>
 void float_and_integer() {
   define<Float(Integer)>("cvt." + suffix<Float>() + "." + suffix<Integer>(),
                          [](Integer a) { return static_cast<Float>(a); });
-  if constexpr (sizeof(Integer) == 1) return;
-  const std::string types = suffix<Integer>() + "." + suffix<Float>();
+  // they saturate without being told to; not so those to 8 bits, whose other cases are undefined
+  const std::string types =
+      (sizeof(Integer) == 1 ? "sat." : "") + suffix<Integer>() + "." + suffix<Float>();
   define<Integer(Float)>("cvt.rni." + types,
                          [](Float a) { return saturate<Integer>(std::nearbyint(a)); });
   define<Integer(Float)>("cvt.rzi." + types,
@@ -73,6 +85,13 @@ void floats() {
   define<double(double)>("cvt.rni.f64.f64", [](double a) { return std::nearbyint(a); });
   define<double(double)>("cvt.rzi.f64.f64", [](double a) { return std::trunc(a); });
   define<double(double)>("cvt.rmi.f64.f64", [](double a) { return std::floor(a); });
+  define<uint16_t(float)>("cvt.rz.bf16.f32", [](float a) {
+    return a != a ? to_bf16(a) : static_cast<uint16_t>(bit_cast<uint32_t>(a) >> 16);
+  });
+  define<uint32_t(float, float)>("cvt.relu.bf16x2.f32", [](float a, float b) {
+    const auto positive = [](float x) { return uint32_t{to_bf16(x > 0 || x != x ? x : 0.0f)}; };
+    return positive(a) << 16 | positive(b);
+  });
   define<uint32_t(float)>("cvt.rna.tf32.f32", [](float a) { return to_tf32(a); });
   define<float(uint16_t)>("cvt.f32.f16", [](uint16_t a) { return from_f16(a); });
   define<float(uint16_t)>("cvt.f32.bf16", [](uint16_t a) { return from_bf16(a); });

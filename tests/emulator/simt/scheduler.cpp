@@ -152,6 +152,10 @@ void Launch::start(Block& block, int index) {
   set([&](int) { return index; });
   set([](int i) { return 1u << i; });
   set([](int i) { return (1u << i) - 1; });
+  set([](int i) { return (2u << i) - 1; });
+  set([](int i) { return ~((2u << i) - 1); });
+  set([](int i) { return ~((1u << i) - 1); });
+  set([&](int) { return static_cast<uint32_t>(block.warps.size()); });
   ready.push_back(&warp);
 }
 

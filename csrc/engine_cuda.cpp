@@ -37,3 +37,5 @@ LEANGPT_EXPORT int leangpt_decoder_new(const Model* model, int kv_kind, int32_t 
                            has_graphs != 0);
   });
 }
+
+LEANGPT_EXPORT int leangpt_num_graphs(Decoder* decoder) { return decoder->num_graphs(); }

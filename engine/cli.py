@@ -126,7 +126,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Compile the Triton kernels at the shapes of two models for GPUs that need not be there, and look at their code.
+    """Compile the GPU kernels for GPUs that need not be there, Triton's at the shapes of two models, and look at their code.
 
     report: registers, spills, shared memory, tensor-core instructions, widths of accesses, what should bound the op.
     check: compare with kernels/contract.json; what is worse there, new or gone is an error.
@@ -430,8 +430,8 @@ def _kernels(argv: Sequence[str]) -> None:
         raise ValueError("the contract has all architectures: leave out --arch")
     match options.action:
         case "report":
-            rows = kernel_report.make_report(archs)
-            print(kernel_report.to_json(rows) if options.json else kernel_report.to_text(rows))
+            found = kernel_report.make_report(archs)
+            print(kernel_report.to_json(*found) if options.json else kernel_report.to_text(*found))
         case "check":
             kernel_report.check(archs)
         case "update":

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to at the shapes of two models, in bfloat16: `leangpt kernels`.
+"""What the GPU kernels compile to: `leangpt kernels`. Triton's at the shapes of two models, in bfloat16; CUDA's as they are.
 
 GPT-2, with the dropout of its time, and Qwen3-8B for what GPT-2 lacks: RMSNorm, rotary positions, a gated MLP, grouped
 heads of 128; with a sliding window, which models like it have.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from leangpt.kernels import contract, triton_ops
+from leangpt.kernels import contract, cuda_report, triton_ops
 from leangpt.kernels.chips import CHIPS, predicted_bound
 from leangpt.kernels.triton_report import Case, Empty, Row, Work, report, versions
 
@@ -137,45 +137,60 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     yield case("sample", Empty((N, V)), *filters, integer, integer, integer)
 
 
-def make_report(archs: Sequence[str]) -> list[Row]:
+def make_report(archs: Sequence[str]) -> tuple[list[Row], list[cuda_report.Kernel]]:
+    """The Triton kernels, and those of CUDA where they can be compiled."""
     for arch in archs:
         if arch not in CHIPS:
             raise ValueError(f"arch must be one of {', '.join(CHIPS)}, got {arch!r}")
-    return report(cases(), archs)
+    return report(cases(), archs), [] if cuda_report.obstacle() else cuda_report.report(archs)
+
+
+def all_versions() -> dict[str, str]:
+    """Of all programs that decide about the code."""
+    return versions() | ({} if cuda_report.obstacle() else {"nvcc": cuda_report.version()})
 
 
 def check(archs: Sequence[str]) -> None:
     """Print what is worse than the contract says; raises ValueError where something is."""
+    agreed = contract.load(all_versions())
+    obstacle = cuda_report.obstacle()
+    if obstacle:
+        print(f"the CUDA kernels are left out: {obstacle}")
     expected = {
         name: {arch: figures for arch, figures in kernel.items() if arch in archs}
-        for name, kernel in contract.load(versions()).items()
+        for name, kernel in agreed.items()
+        if not (obstacle and name.startswith(f"{cuda_report.PREFIX} "))
     }
-    rows = make_report(archs)
-    lines = contract.differences(expected, by_name(rows))
+    kernels = by_name(*make_report(archs))
+    lines = contract.differences(expected, kernels)
     if lines:
         print("\n".join(lines))
         raise ValueError(
             f"{len(lines)} differences from {contract.PATH.name}; if they are wanted, accept them with"
             " `leangpt kernels update`"
         )
-    print(f"{len(rows)} kernels and architectures are as {contract.PATH.name} says, or better")
+    count = sum(map(len, kernels.values()))
+    print(f"{count} kernels and architectures are as {contract.PATH.name} says, or better")
 
 
 def update() -> None:
     """Make the contract anew."""
-    contract.save(versions(), by_name(make_report(list(CHIPS))))
+    obstacle = cuda_report.obstacle()
+    if obstacle:
+        raise ValueError(f"the contract has the CUDA kernels too, and {obstacle}")
+    contract.save(all_versions(), by_name(*make_report(list(CHIPS))))
     print(f"wrote {contract.PATH}")
 
 
-def by_name(rows: Sequence[Row]) -> contract.Kernels:
+def by_name(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> contract.Kernels:
     """As the contract has them."""
-    kernels: contract.Kernels = {}
-    for row in rows:
-        kernels.setdefault(row.name, {})[row.arch] = row.figures
-    return kernels
+    found: contract.Kernels = {}
+    for row in (*rows, *kernels):
+        found.setdefault(row.name, {})[row.arch] = row.figures
+    return found
 
 
-def to_json(rows: Sequence[Row]) -> str:
+def to_json(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> str:
     documents = [
         {
             **dataclasses.asdict(row.work),
@@ -187,16 +202,21 @@ def to_json(rows: Sequence[Row]) -> str:
         }
         for row in rows
     ]
-    return json.dumps({"versions": versions(), "rows": documents}, indent=1, default=str)
+    cuda = [
+        {"source": kernel.source, "kernel": kernel.function, "arch": kernel.arch, **kernel.figures}
+        for kernel in kernels
+    ]
+    document = {"versions": all_versions(), "rows": documents, "cuda": cuda}
+    return json.dumps(document, indent=1, default=str)
 
 
 def _predicted_bound(work: Work, arch: str) -> str:
     return predicted_bound(work.flops, work.num_bytes, CHIPS[arch])
 
 
-def to_text(rows: Sequence[Row]) -> str:
-    """A paragraph for each direction of each op, and in it one for each kernel, with a line an architecture."""
-    programs = ", ".join(f"{name} {version}" for name, version in versions().items())
+def to_text(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> str:
+    """A paragraph for each direction of each op, and in it one for each kernel, with a line an architecture; then CUDA's."""
+    programs = ", ".join(f"{name} {version}" for name, version in all_versions().items())
     lines = [
         f"Compiled by {programs}; nothing was run. Numbers of instructions are those in the code. A bound is predicted",
         "from the least work of the op, on paper, and the figures of the chips, on paper too: it is no measured speed.",
@@ -212,6 +232,17 @@ def to_text(rows: Sequence[Row]) -> str:
         for kernel, rows_of_kernel in kernels.items():
             lines.append(f"  {kernel}: {_configuration_in_words(rows_of_kernel[0])}")
             lines += [f"    {_figures_in_words(row)}" for row in rows_of_kernel]
+    if kernels:
+        lines += [
+            "",
+            "CUDA kernels of the decode step; shared memory is what is not asked for at a launch",
+        ]
+    instances: dict[str, list[cuda_report.Kernel]] = {}
+    for kernel in kernels:
+        instances.setdefault(f"{kernel.source} {kernel.function}", []).append(kernel)
+    for name, found in instances.items():
+        lines.append(f"  {name}: warps={found[0].figures['num_warps']}")
+        lines += [f"    {_figures_in_words(kernel)}" for kernel in found]
     return "\n".join(lines)
 
 
@@ -231,7 +262,7 @@ def _configuration_in_words(row: Row) -> str:
     return " ".join([*constants, f"warps={row.figures['num_warps']}"])
 
 
-def _figures_in_words(row: Row) -> str:
+def _figures_in_words(row: Row | cuda_report.Kernel) -> str:
     figures = row.figures
     blocks = figures["blocks_per_sm"]
     occupancy = f"{blocks} blocks, {blocks * figures['num_warps']} warps an SM"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 _REGISTERS = 65536  # of an SM, handed out to warps in units of 256
 _TENSOR_MEMORY_COLUMNS = 512  # of an SM from sm_100 on
-_RESERVED_SHARED_BYTES = 1024  # of each block, for the system
+RESERVED_SHARED_BYTES = 1024  # of each block, for the system
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Chip:
             self.max_blocks,
             self.max_warps // num_warps,
             _REGISTERS // registers_of_block,
-            self.shared_bytes // (shared_bytes + _RESERVED_SHARED_BYTES),
+            self.shared_bytes // (shared_bytes + RESERVED_SHARED_BYTES),
         ]
         if tensor_memory_columns:
             limits.append(_TENSOR_MEMORY_COLUMNS // tensor_memory_columns)

@@ -1,7 +1,7 @@
 """The contract: what kernels compiled to when it was last agreed to, and what is worse now.
 
-`contract.json` holds for each kernel and architecture the figures of `triton_report.Row`. They depend on the versions of
-Triton and ptxas, which stand in the file.
+`contract.json` holds for each kernel and architecture the figures of `triton_report.Row` and `cuda_report.Kernel`. They depend on
+the versions of Triton, ptxas and nvcc, which stand in the file.
 """
 
 import json
@@ -27,7 +27,7 @@ def save(versions: dict[str, str], kernels: Kernels) -> None:
 def load(versions: dict[str, str]) -> Kernels:
     """Raises ValueError where the file is of other versions than those in use."""
     document = json.loads(PATH.read_text(encoding="utf-8"))
-    if document["versions"] != versions:
+    if {name: document["versions"].get(name) for name in versions} != versions:
         raise ValueError(
             f"{PATH.name} is of {_words(document['versions'])}, and this is {_words(versions)}: install the versions"
             " of requirements.lock, or make it anew with `leangpt kernels update`"

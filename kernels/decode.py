@@ -189,6 +189,7 @@ def declare_cuda(lib: ctypes.CDLL) -> None:
     """The functions of csrc/engine_cuda.cpp."""
     _declare_decoder(lib)
     lib.leangpt_check_device.argtypes = [c_int]
+    lib.leangpt_num_graphs.argtypes = [c_void_p]
     lib.leangpt_cache_memory.argtypes = [
         *(POINTER(ModelConfig), c_int, c_int),
         *(POINTER(c_int64), POINTER(c_int64)),

@@ -71,12 +71,16 @@ def _widest_first(accesses: Counter[str]) -> dict[str, int]:
 
 
 def read_cubin(cubin: bytes, cuobjdump: str, nvdisasm: str) -> Code:
-    """`cuobjdump` and `nvdisasm` are the paths of these programs."""
+    """Of a cubin with one kernel."""
+    return parse(*disassemble(cubin, cuobjdump, nvdisasm))
+
+
+def disassemble(cubin: bytes, cuobjdump: str, nvdisasm: str) -> list[str]:
+    """Resources and listing of all its kernels; `cuobjdump` and `nvdisasm` are the paths of these programs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        outputs = [
+        return [
             subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
             for command in ([cuobjdump, "--dump-resource-usage"], [nvdisasm, "-c", "-ndf"])
         ]
-    return parse(*outputs)

@@ -268,6 +268,11 @@ cudaGraphExec_t Decoder::capture() {
   return executable;
 }
 
+int Decoder::num_graphs() const {
+  return static_cast<int>(std::count_if(graphs_.begin(), graphs_.end(),
+                                        [](const auto& entry) { return entry.second != nullptr; }));
+}
+
 void Decoder::forget_graphs() {
   for (const auto& [shape, graph] : graphs_) {
     if (graph) cudaGraphExecDestroy(graph);

@@ -37,6 +37,7 @@ class Decoder {
   Decoder& operator=(const Decoder&) = delete;
 
   KvBlocks& blocks() { return blocks_; }
+  int num_graphs() const;  // that were captured, and are kept
 
   // As those of cpu::Decoder. Throw std::runtime_error where the device fails.
   void hidden(const Batch& batch, float* out);

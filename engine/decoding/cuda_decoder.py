@@ -66,6 +66,11 @@ class CudaDecoder(NativeDecoder):
         self.device = device
         super().__init__(packed, num_blocks, kv_dtype)
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that were captured so far."""
+        return self._lib.leangpt_num_graphs(self._handle)
+
     def add_adapter(self, adapter: Adapter) -> int:
         raise ValueError(f"adapters {_NOT_HERE}")
 

@@ -56,13 +56,22 @@ class Case:
     flops: float = 0.0  # of the forward pass; 0: the op is bound by memory
     is_differentiable: bool = True
     torch_call: Callable[..., Any] | None = None  # where PyTorch has a better op than the reference
+    # how many inputs, from the first on, have the dtype of the run, the others being float32; None: all of them
+    num_narrow: int | None = None
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Without float32 where it would be another case again."""
+        return [d for d in DTYPES if self.num_narrow is None or d != torch.float32]
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return [
-            (torch.randn(shape, generator=generator) / max(1, shape[-1]) ** 0.25).to(DEVICE, dtype)
+        tensors = [
+            (torch.randn(shape, generator=generator) / max(1, shape[-1]) ** 0.25).to(DEVICE)
             for shape in self.inputs
         ]
+        narrow = tensors[: self.num_narrow]
+        return [t.to(dtype) for t in narrow] + tensors[len(narrow) :]
 
 
 def cases(B: int = 8) -> list[Case]:
@@ -100,6 +109,14 @@ def cases(B: int = 8) -> list[Case]:
         Case("layer_norm", f"{N}x{C}", N, ((N, C), (C,), (C,)), ops.layer_norm),
         Case("add_layer_norm", f"{N}x{C}", N, ((N, C), (N, C), (C,), (C,)), ops.add_layer_norm),
         Case(
+            "add_layer_norm",
+            f"{N}x{C}, as within autocast",
+            N,
+            ((N, C), (N, C), (C,), (C,)),
+            ops.add_layer_norm,
+            num_narrow=1,  # a branch beside a float32 stream
+        ),
+        Case(
             "rms_norm",
             f"{N}x{C}",
             N,
@@ -109,6 +126,13 @@ def cases(B: int = 8) -> list[Case]:
         ),
         Case("add_rms_norm", f"{N}x{C}", N, ((N, C), (N, C), (C,)), ops.add_rms_norm),
         Case("rotary", f"{B}x{T}x{H}x{D}", N, (heads,), lambda x: ops.rotary(x, cos, sin)),
+        Case(
+            "rotary_qkv",
+            f"{B}x{T}x{H + 4}x{D}",
+            N,
+            ((B, T, H + 4, D),),
+            lambda qkv: ops.rotary_qkv(qkv, cos, sin, 2),
+        ),
         Case("attention", f"{B}x{T}x{H}x{D}", N, (heads,) * 3, ops.attention, 2 * N * T * H * D),
         Case(
             "attention",
@@ -308,6 +332,8 @@ def measure(
 def test_op(benchmark: Any, case: Case, backend: str, dtype: torch.dtype, backward: bool) -> None:
     if backward and not case.is_differentiable:
         pytest.skip("not differentiable")
+    if dtype not in case.dtypes:
+        pytest.skip(f"not in {dtype}")
     tensors = case.tensors(dtype)
     gradients = _gradients(case, tensors) if backward else None
     if not _can_run(backend, case.call, _clones(tensors), gradients):
@@ -391,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no case has {options.k!r} in its name: {', '.join(c.op for c in cases())}")
     rows = []
     for case in tqdm(chosen, disable=None, leave=False):
-        for dtype in DTYPES:
+        for dtype in case.dtypes:
             for backward in (False, True) if case.is_differentiable else (False,):
                 rows += measure(case, dtype, backward, limits, options.compile)
     print_table([{k: v for k, v in row.items() if k != "rows"} for row in rows])

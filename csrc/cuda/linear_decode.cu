@@ -1,19 +1,18 @@
-// out = epilogue(norm(x) w^T + bias) for 1 to thousands of rows, with packed weights, on tensor
-// cores.
+// Products with packed weights on tensor cores, epilogue(norm(x) w^T + bias), for 1 to thousands of
+// rows.
 //
-// The order of a sum is fixed by the inputs alone: they are cut into kParts parts, each summed in
+// The order of a sum depends on the inputs alone: they are cut into kParts parts, each is summed in
 // blocks of 32, one after the other, and the parts are added in their order. So a row has the same
 // bits in both kernels:
-//   split-K   a block of threads has few outputs, and each of its warps one part of the inputs.
-//   Reading
-//             the weights is what takes time: they are on their way in many copies at once, to all
-//             SMs.
-//   tile      128 rows by 128 outputs, part after part: weights and rows are reused from shared
-//   memory.
-//             For as many rows as give every SM its tiles.
+//
+// split_k_kernel, for few rows, is bound by reading the weights. A block of threads has few
+// outputs, so that all SMs have some, and each of its warps one part of the inputs, with many
+// copies on their way at once that no other warp waits for.
+//
+// tile_kernel, for as many rows as give every SM its tile, has 128 rows by 128 outputs and takes
+// the parts in turn: its warps share rows and weights in shared memory.
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "launch.h"
 #include "normalize.cuh"
@@ -26,8 +25,7 @@ constexpr int kParts = 8;  // of the inputs
 constexpr int kThreads = 32 * kParts;
 
 // Up to 8 rows of the stream are normed by each block of threads of a split-K product, a warp a
-// row: that is quicker than a kernel before it, and reads no more than the block's bfloat16 weights
-// are.
+// row. More would be more to read than the block's bfloat16 weights, and are normed once before it.
 constexpr int kFusedRows = kParts;
 constexpr int kFusedBytes = 32 * 1024;  // of the normed rows in shared memory at most
 
@@ -47,8 +45,7 @@ struct Arguments {
   int part_blocks;  // blocks of 32 inputs of a part
 };
 
-// sums += rows times weights, for one block of inputs and 8 rows; `row` are a thread's 8 inputs of
-// one.
+// sums += rows times weights, for a block of inputs and 8 rows; a thread gives 8 inputs of one row.
 template <WeightKind kKind, int kTiles>
 __device__ __forceinline__ void multiply(const uint4& row, const WeightTile<kKind, kTiles>& weights,
                                          bool has_minimums, float (&sums)[kTiles][4]) {
@@ -92,11 +89,10 @@ __device__ __forceinline__ void store_sums(const float (&sums)[kTiles][4], float
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float* row = to + (lane % 4 * 2 + i) * pitch + lane / 4 * 2 * kTiles;
-    if constexpr (kTiles == 1) {
-      *reinterpret_cast<float2*>(row) = {sums[0][i], sums[0][2 + i]};
-    } else {
-      *reinterpret_cast<float4*>(row) = {sums[0][i], sums[0][2 + i], sums[1][i], sums[1][2 + i]};
+    float* row = to + (lane % 4 * 2 + i) * pitch + lane / 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      *reinterpret_cast<float2*>(row + 16 * tile) = {sums[tile][i], sums[tile][2 + i]};
     }
   }
 }
@@ -177,6 +173,11 @@ __device__ __forceinline__ void finish(const Arguments& args, int row, int colum
   store_8(to, x);
 }
 
+// The warp of a thread, so that the compiler knows it to be the same for all lanes.
+__device__ __forceinline__ int this_warp() {
+  return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 // Columns of a block of inputs that a thread's 16 bytes begin at.
 __device__ __forceinline__ int first_column(int block) {
   return block * kBlockInputs + static_cast<int>(threadIdx.x) % 4 * 8;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles <= 2 ? 2 : 1)
   extern __shared__ __align__(16) uint8_t shared[];
   uint8_t* normed = shared + Shape::kSharedBytes;
   const Weights& w = args.w;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = this_warp(), lane = static_cast<int>(threadIdx.x) % 32;
   const int first_row = static_cast<int>(blockIdx.x) * Shape::kRows;
   const int num_rows = min(args.num_rows - first_row, Shape::kRows);
   const int first_output = static_cast<int>(blockIdx.y) * Shape::kOutputs;
@@ -234,15 +235,17 @@ __global__ void __launch_bounds__(kThreads, kRowTiles <= 2 ? 2 : 1)
   }
 
   const int end_column = min(w.k, end_block * kBlockInputs);
+  const uint16_t* first_inputs =
+      args.in.rows + (first_row + lane / 4) * args.in.stride + lane % 4 * 8;
   const auto load_row = [&](int block, int tile) {
-    const int row = 8 * tile + lane / 4, column = first_column(block);
+    const int row = 8 * tile + lane / 4;
     uint4 inputs = {};
-    if (row < num_rows && column < end_column) {
+    if (row < num_rows && first_column(block) < end_column) {
       if constexpr (kHasNorm) {
         const uint8_t* from = normed + (block * num_rows + row) * (kBlockInputs * 2);
         inputs = reinterpret_cast<const uint4*>(from)[lane % 4];
       } else {
-        const uint16_t* from = args.in.rows + (first_row + row) * args.in.stride + column;
+        const uint16_t* from = first_inputs + tile * 8 * args.in.stride + block * kBlockInputs;
         inputs = __ldg(reinterpret_cast<const uint4*>(from));
       }
     }
@@ -312,7 +315,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   constexpr int kRowTiles = 8, kTiles = 2;
   extern __shared__ __align__(16) uint8_t shared[];
   const Weights& w = args.w;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = this_warp(), lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_row = warp / 4, warp_column = warp % 4;
   const int first_row = static_cast<int>(blockIdx.x) * kTileRows;
   const int num_rows = min(args.num_rows - first_row, kTileRows);
@@ -327,9 +330,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
       for (int first = 0; first < kTileRows * 4; first += kThreads) {
         const int i = first + static_cast<int>(threadIdx.x);
         const int row = i / 4, column = first_column(block);
-        const bool is_there = row < num_rows && column < w.k;
-        const int64_t at = is_there ? (first_row + row) * args.in.stride + column : 0;
-        cp_async_16(to + i * 16, args.in.rows + at, is_there);
+        cp_async_16(to + i * 16, args.in.rows + (first_row + row) * args.in.stride + column,
+                    row < num_rows && column < w.k);
       }
       if (has_outputs) {
         Tile::template copy<64>(w, first_output, block,
@@ -354,7 +356,6 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
       const uint4* rows = reinterpret_cast<const uint4*>(from) + warp_row * 64 * 4 + lane;
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        if (warp_row * 64 + 8 * m >= num_rows) break;
         multiply(rows[m * 8 * 4], weights, w.minimums != nullptr, sums[m]);
       }
     }

@@ -5,8 +5,8 @@
 // tokens fill a tile. Inputs are multiplied in blocks of 32, by two of them. Which input takes
 // which place is free, if both operands agree: thread t of the 4 that share an output or token has
 // the inputs 8t to 8t + 7 of the block, 16 bytes of a bfloat16 row, and whole words of a panel in
-// every format. Likewise for outputs: 16 bytes of a step of a panel are a word each of 4 outputs,
-// of one thread.
+// every format. So is which output is which row: neighbours, which one access reads, are rows g and
+// g + 8, registers that follow each other.
 //
 // Integers are exact in bfloat16. So sums of a block are of integers, and float32 scales (and
 // minimums, times the sum of the activations) are applied to them.
@@ -86,24 +86,8 @@ __device__ __forceinline__ uint32_t nibbles_to_bf16(uint32_t nibbles) {
   return reinterpret_cast<const uint32_t&>(q);
 }
 
-// 1, 2 or 4 words with one access.
-__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[4]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(p);
-  out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
-}
-
-__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[2]) {
-  const uint2 words = *reinterpret_cast<const uint2*>(p);
-  out[0] = words.x, out[1] = words.y;
-}
-
-__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[1]) {
-  out[0] = *reinterpret_cast<const uint32_t*>(p);
-}
-
 // The weights of kTiles mma tiles, 16 outputs each, for a block of inputs. Thread g of the 8 that
-// have inputs in common has the outputs 2 kTiles g to 2 kTiles (g + 1) - 1: rows g and g + 8 of
-// each tile.
+// have the same inputs has outputs 2g and 2g + 1 of a tile, as its rows g and g + 8.
 template <WeightKind kKind, int kTiles>
 struct WeightTile {
   static_assert(kTiles == 1 || kTiles == 2);
@@ -160,13 +144,16 @@ struct WeightTile {
     const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      uint32_t of_outputs[kThreadOutputs];
-      load_words(shared + place(word, t, g * kTiles / 2) + g * kTiles % 2 * 8, of_outputs);
 #pragma unroll
-      for (int i = 0; i < kThreadOutputs; ++i) unpack(of_outputs[i], word, i % 2, words[i / 2]);
+      for (int i = 0; i < kTiles; ++i) {
+        const uint8_t* at = shared + place(word, t, 4 * i + g / 2) + g % 2 * 8;
+        const uint2 two = *reinterpret_cast<const uint2*>(at);
+        unpack(two.x, word, 0, words[i]);
+        unpack(two.y, word, 1, words[i]);
+      }
     }
     if constexpr (kIsInteger) {
-      const uint8_t* at = shared + kDataBytes + g * kThreadOutputs * 2;
+      const uint8_t* at = shared + kDataBytes + g * 4;
       load_halves(w.scales, at, 1.0f, scales);
       load_halves(w.minimums, at + kScaleChunks * 16, 0.0f, minimums);
     }
@@ -201,11 +188,9 @@ struct WeightTile {
       for (float& value : out) value = none;
       return;
     }
-    uint32_t pairs[kTiles];
-    load_words(shared, pairs);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const float2 two = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      const float2 two = __half22float2(*reinterpret_cast<const __half2*>(shared + i * 32));
       out[2 * i] = two.x;
       out[2 * i + 1] = two.y;
     }

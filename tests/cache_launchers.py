@@ -1,6 +1,5 @@
 """The launchers of csrc/cuda/kv_cache.cu and attention_decode.cu, called in the emulator on a paged cache."""
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
@@ -61,14 +60,13 @@ class _AttentionArgs(Structure):
 @functools.cache
 def library() -> cuda.Library:
     loaded = cuda.library("cache_launchers", _SOURCES)
-    for name in ("kv_block_bytes", "attention_scratch_floats"):
-        loaded[f"call_{name}"].restype = c_int64
+    loaded.call_kv_block_bytes.restype = loaded.call_attention_scratch_floats.restype = c_int64
     return loaded
 
 
 def call(name: str, *args: Any) -> None:
     """Call a launcher; what it throws is a ValueError."""
-    function = library()[f"call_{name}"]
+    function = getattr(library(), f"call_{name}")
     function.restype = c_char_p
     message = function(*args)
     if message is not None:
@@ -114,7 +112,7 @@ class PagedCache:
     def __init__(self, shape: HeadShape, kind: str, lengths: Sequence[int]):
         self.shape, self.kind = shape, kind
         counts = [-(-length // PAGE) for length in lengths]
-        self.block_bytes = library()["call_kv_block_bytes"](byref(shape), KINDS[kind])
+        self.block_bytes = library().call_kv_block_bytes(byref(shape), KINDS[kind])
         num_pages = sum(counts) + 1
         self.pages = cuda.to_device(
             torch.full((num_pages, self.block_bytes), 0xFF, dtype=torch.uint8), "pages"
@@ -176,9 +174,9 @@ class PagedCache:
         padding = (0, self.stride - H * D)
         padded = torch.nn.functional.pad(queries.flatten(1), padding)
         out = cuda.to_device(torch.zeros(len(queries), self.stride).bfloat16(), "out")
-        tiles = rows.tiles(library()["call_attention_tile_rows"](byref(self.shape)))
+        tiles = rows.tiles(library().call_attention_tile_rows(byref(self.shape)))
         max_keys = max_keys or int(rows.positions.max()) + 1
-        num_floats = library()["call_attention_scratch_floats"](
+        num_floats = library().call_attention_scratch_floats(
             byref(self.shape), len(queries), max_keys
         )
         args = _AttentionArgs(

@@ -4,12 +4,15 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "train/attention.h"
 #include "train/gemm.h"
+#include "train/norm.h"
 #include "train/parallel.h"
 
 namespace leangpt::train {
@@ -222,6 +225,129 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   return {dq, dk, dv};
 }
 
+// y, total, and mean and rstd of each row for backward; without a residual, total is empty: it is
+// x.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
+                                                     const optional<Tensor>& residual,
+                                                     const Tensor& weight,
+                                                     const optional<Tensor>& bias, double eps,
+                                                     bool is_rms) {
+  const Tensor rows = x.contiguous(), stream = residual ? residual->contiguous() : rows;
+  const Tensor w = as_floats(weight), b = as_floats(bias);
+  const auto dtype = at::promote_types(x.scalar_type(), stream.scalar_type());
+  TORCH_CHECK(dtype == stream.scalar_type(), "leangpt: residual must be as wide as x");
+  const int64_t num_rows = x.numel() / x.size(-1);
+  Tensor y = empty_of(x.sizes(), x, dtype), total = residual ? empty_of(y) : nothing(x);
+  Tensor mean = empty_of({num_rows}, x, at::kFloat), rstd = empty_of(mean);
+  Norm norm = {};
+  norm.dtype = dtype_of(rows);
+  norm.total_dtype = dtype_of(y);
+  norm.num_columns = x.size(-1);
+  norm.is_rms = is_rms;
+  norm.eps = static_cast<float>(eps);
+  norm.x = rows.const_data_ptr();
+  norm.residual = residual ? stream.const_data_ptr() : nullptr;
+  norm.total = residual ? total.mutable_data_ptr() : const_cast<void*>(norm.x);
+  norm.y = y.mutable_data_ptr();
+  norm.weight = w.const_data_ptr<float>();
+  norm.bias = bias ? b.const_data_ptr<float>() : nullptr;
+  norm.mean = mean.mutable_data_ptr<float>();
+  norm.rstd = rstd.mutable_data_ptr<float>();
+  norm_forward(norm, num_rows);
+  return {y, total, mean, rstd};
+}
+
+// Gradients of total, of x where that has another dtype (else empty), of weight and of bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
+    const Tensor& grad, const optional<Tensor>& grad_total, const Tensor& total, const Tensor& mean,
+    const Tensor& rstd, const Tensor& weight, at::ScalarType x_dtype, bool is_rms) {
+  const Tensor dy = grad.contiguous(), stream = grad_total ? grad_total->contiguous() : dy;
+  const Tensor rows = total.contiguous(), w = as_floats(weight);
+  Tensor dtotal = empty_of(total.sizes(), rows, rows.scalar_type()), dx = nothing(total);
+  if (x_dtype != rows.scalar_type()) dx = empty_of(total.sizes(), rows, x_dtype);
+  Tensor dweight = empty_of(w), dbias = empty_of(w);
+  Norm norm = {};
+  norm.dtype = dtype_of(x_dtype);
+  norm.total_dtype = dtype_of(rows);
+  norm.num_columns = rows.size(-1);
+  norm.is_rms = is_rms;
+  norm.total = const_cast<void*>(rows.const_data_ptr());
+  norm.weight = w.const_data_ptr<float>();
+  norm.mean = const_cast<float*>(mean.const_data_ptr<float>());
+  norm.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
+  norm.dy = dy.const_data_ptr();
+  norm.dstream = grad_total ? stream.const_data_ptr() : nullptr;
+  norm.dtotal = dtotal.mutable_data_ptr();
+  norm.dx = dx.numel() ? dx.mutable_data_ptr() : nullptr;
+  norm_backward(norm, mean.numel(), dweight.mutable_data_ptr<float>(),
+                dbias.mutable_data_ptr<float>());
+  return {dtotal, dx, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+}
+
+// The loss ("mean", "sum", or "none": of each row), and where they are asked for the gradients of
+// hidden and weight for a gradient of 1. Logits are formed for some rows at a time.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight,
+                                                        const Tensor& targets, int64_t ignore_index,
+                                                        c10::string_view reduction,
+                                                        double label_smoothing, double z_loss,
+                                                        at::ScalarType compute,
+                                                        bool with_gradients) {
+  constexpr int64_t kLogits = int64_t{1} << 24;  // 64 MB
+  const Tensor rows = as_rows(hidden), w = weight.contiguous(), labels = targets.contiguous();
+  const int64_t num_rows = rows.size(0), vocab_size = w.size(0), width = w.size(1);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  int64_t num_counted = 0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (label[r] == ignore_index) continue;
+    TORCH_CHECK_INDEX(label[r] >= 0 && label[r] < vocab_size, "linear_cross_entropy: target ",
+                      label[r], " is out of range [0, ", vocab_size, ")");
+    ++num_counted;
+  }
+  const CrossEntropy loss = {label_smoothing, z_loss,
+                             reduction == "mean" ? 1.0 / num_counted : 1.0};
+
+  Tensor losses = at::zeros({num_rows}, rows.options().dtype(at::kFloat));
+  Tensor dhidden = with_gradients ? empty_of(hidden) : nothing(hidden);
+  Tensor dweight = with_gradients ? empty_of(w.sizes(), w, at::kFloat) : nothing(w);
+  if (with_gradients && num_rows == 0) dweight.zero_();
+  const int64_t chunk = std::max<int64_t>(1, std::min(num_rows, kLogits / vocab_size));
+  Tensor logits = empty_of({chunk, vocab_size}, rows, at::kFloat);
+  float* row_loss = losses.mutable_data_ptr<float>();
+  for (int64_t first = 0; first < num_rows; first += chunk) {
+    const int64_t count = std::min(chunk, num_rows - first);
+    const Tensor part = logits.narrow(0, 0, count), x = rows.narrow(0, first, count);
+    multiply(operand(x), operand(w).transposed(), width, compute, part);
+    float* logit = part.mutable_data_ptr<float>();
+    parallel_for(count, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* row = logit + r * vocab_size;
+        if (label[first + r] != ignore_index) {
+          row_loss[first + r] =
+              kernels().cross_entropy(loss, row, vocab_size, label[first + r], with_gradients);
+        } else if (with_gradients) {
+          std::fill(row, row + vocab_size, 0.0f);
+        }
+      }
+    });
+    if (with_gradients) {
+      const Tensor dx = dhidden.view({num_rows, width}).narrow(0, first, count);
+      multiply(operand(part), operand(w), vocab_size, compute, dx);
+      Epilogue sum;
+      if (first > 0) sum.addend = dweight.const_data_ptr();
+      multiply(operand(part).transposed(), operand(x), count, compute, dweight, sum);
+    }
+  }
+  Tensor result = losses;
+  if (reduction != "none") {
+    // the mean over no rows is NaN, as PyTorch's
+    result = losses.sum(at::kDouble).to(at::kFloat);
+    if (reduction == "mean" && num_counted == 0) result.fill_(NAN);
+  } else {
+    result = losses.view(targets.sizes());
+  }
+  return {result, dhidden, dweight.to(w.scalar_type())};
+}
+
 }  // namespace
 }  // namespace leangpt::train
 
@@ -240,6 +366,16 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "int window, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "normalize(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "normalize_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "
+      "Tensor weight, ScalarType x_dtype, bool is_rms) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
+      "str reduction, float label_smoothing, float z_loss, ScalarType compute, "
+      "bool with_gradients) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
@@ -249,4 +385,7 @@ TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
   m.impl("mlp_backward", &leangpt::train::mlp_backward);
   m.impl("attention", &leangpt::train::attention_forward);
   m.impl("attention_backward", &leangpt::train::attention_backward);
+  m.impl("normalize", &leangpt::train::normalize);
+  m.impl("normalize_backward", &leangpt::train::normalize_backward);
+  m.impl("linear_cross_entropy", &leangpt::train::linear_cross_entropy);
 }

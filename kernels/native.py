@@ -27,7 +27,8 @@ def _load() -> str | None:
 
 unavailable_reason = _load()
 # the ops of ops.py that the loaded extension implements
-OPS: frozenset[str] = (
-    frozenset() if unavailable_reason else frozenset({"attention", "linear", "mlp"})
-)
-DIFFERENTIABLE: frozenset[str] = OPS  # those with a native backward
+OPS: frozenset[str] = frozenset()
+if unavailable_reason is None:
+    OPS |= {"add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear"}
+    OPS |= {"linear_cross_entropy", "mlp", "rms_norm"}
+DIFFERENTIABLE = OPS  # those with a native backward

@@ -9,6 +9,7 @@ reference is faster, the reference runs. Gradients have no gradients of their ow
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
@@ -66,6 +67,74 @@ def attention(
     window = k.shape[1] if sliding_window is None else sliding_window
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return torch.ops.leangpt.attention(q.to(dtype), k.to(dtype), v.to(dtype), window, scale)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.ops.leangpt.normalize(x, None, weight, bias, eps, False)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return _add_norm(x, residual, weight, bias, eps, dropout_p, is_rms=False)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.ops.leangpt.normalize(x, None, weight, None, eps, True)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    return _add_norm(x, residual, weight, None, eps, dropout_p, is_rms=True)
+
+
+def _add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    is_rms: bool,
+) -> tuple[Tensor, Tensor]:
+    x = F.dropout(x, dropout_p)
+    residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+    return torch.ops.leangpt.normalize(x, residual, weight, bias, eps, is_rms)[:2]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if (
+        reduction == "none" and needs_grad
+    ):  # gradients are formed before those of the losses are known
+        return reference.linear_cross_entropy(
+            hidden, weight, targets, ignore_index, reduction, label_smoothing, z_loss
+        )
+    return torch.ops.leangpt.linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        compute_dtype(hidden),
+        needs_grad,
+    )[0]
 
 
 def _register() -> None:
@@ -149,6 +218,78 @@ def _register() -> None:
         return *gradients, None, None
 
     register_autograd("attention", attention_backward, keep_attention)
+
+    @register_fake("leangpt::normalize")
+    def _(x, residual, weight, bias, eps, is_rms):
+        dtype = x.dtype if residual is None else residual.dtype
+        total = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+        statistics = [x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2)]
+        return x.new_empty(x.shape, dtype=dtype), total, *statistics
+
+    @register_fake("leangpt::normalize_backward")
+    def _(grad, grad_total, total, mean, rstd, weight, x_dtype, is_rms):
+        has_other_dtype = x_dtype != total.dtype
+        dx = total.new_empty(total.shape, dtype=x_dtype) if has_other_dtype else total.new_empty(0)
+        return (
+            total.new_empty(total.shape),
+            dx,
+            weight.new_empty(weight.shape),
+            weight.new_empty(weight.shape),
+        )
+
+    def keep_norm(ctx, inputs, output):
+        x, residual, weight, _, _, ctx.is_rms = inputs
+        _, total, mean, rstd = output
+        ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
+        ctx.save_for_backward(total if ctx.has_residual else x, mean, rstd, weight)
+        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_residual else (total,)))
+        ctx.set_materialize_grads(False)
+
+    def normalize_backward(ctx, grad, grad_total, *_):
+        total, mean, rstd, weight = ctx.saved_tensors
+        if grad is None:  # only total was used
+            dx = None if grad_total is None else grad_total.to(ctx.x_dtype)
+            return dx, grad_total, None, None, None, None
+        dtotal, dx, dweight, dbias = ops.normalize_backward(
+            grad, grad_total, total, mean, rstd, weight, ctx.x_dtype, ctx.is_rms
+        )
+        dx = dtotal if ctx.x_dtype == total.dtype else dx
+        dresidual = dtotal if ctx.has_residual else None
+        return dx, dresidual, dweight, dbias if ctx.needs_input_grad[3] else None, None, None
+
+    register_autograd("normalize", normalize_backward, keep_norm)
+
+    @register_fake("leangpt::linear_cross_entropy")
+    def _(
+        hidden,
+        weight,
+        targets,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        compute,
+        with_gradients,
+    ):
+        shape = targets.shape if reduction == "none" else ()
+        loss = hidden.new_empty(shape, dtype=torch.float32)
+        if with_gradients:
+            return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+        return loss, hidden.new_empty(0), weight.new_empty(0)
+
+    def keep_gradients(ctx, inputs, output):
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def scale_gradients(ctx, grad, *_):
+        scaled = [
+            (gradient * grad).to(gradient.dtype) if is_wanted else None
+            for gradient, is_wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *scaled, *(None,) * 7
+
+    register_autograd("linear_cross_entropy", scale_gradients, keep_gradients)
 
 
 if native.unavailable_reason is None:

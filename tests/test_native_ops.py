@@ -108,3 +108,89 @@ class TestAttention:
     def test_scores_far_apart(self):
         tensors = [randn(1, 100, 2, 16) * 20, randn(1, 100, 2, 16) * 20, randn(1, 100, 2, 16)]
         check_op(ops.attention, tensors, "native")
+
+
+class TestNorms:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 35, 64), (70, 129)], ids=str)
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, shape, dtype):
+        x, residual = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+        weight, bias = randn(shape[-1], dtype=dtype), randn(shape[-1], dtype=dtype)
+        check_op(ops.layer_norm, [x, weight, bias], "native")
+        check_op(ops.layer_norm, [x, weight], "native")
+        check_op(ops.rms_norm, [x, weight], "native")
+        check_op(ops.add_layer_norm, [x, residual, weight, bias], "native")
+        check_op(ops.add_rms_norm, [x, residual, weight], "native")
+
+    def test_offset_rows(self):
+        check_op(ops.layer_norm, [randn(40, 300) + 1000, randn(300), randn(300)], "native")
+
+    def test_a_gradient_of_one_output_alone(self):
+        tensors = [randn(40, 24), randn(40, 24), randn(24), randn(24)]
+        for output in (0, 1):
+            grads = []
+            for backend in ("native", "reference"):
+                leaves = [t.clone().requires_grad_() for t in tensors]
+                with use_backend(backend):
+                    ops.add_layer_norm(*leaves)[output].square().sum().backward()
+                grads.append([leaf.grad for leaf in leaves])
+            for native_grad, grad in zip(*grads, strict=True):
+                assert (native_grad is None) == (grad is None)
+                if grad is not None:
+                    torch.testing.assert_close(native_grad, grad)
+
+
+class TestLinearCrossEntropy:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("options", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.01)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 7, 5), (35, 24, 50), (70, 64, 1000)], ids=str)
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, shape, options, reduction, dtype):
+        N, C, V = shape
+        targets = torch.randint(V, (N,))
+        targets[1::3] = -100
+        smoothing, z_loss = options
+
+        def call(hidden, weight):
+            return ops.linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                reduction=reduction,
+                label_smoothing=smoothing,
+                z_loss=z_loss,
+            )
+
+        tensors = [randn(N, C, dtype=dtype), randn(V, C, dtype=dtype, std=C**-0.5)]
+        check_op(call, tensors, "native")
+
+    def test_more_rows_than_a_chunk_of_logits(self):
+        V = 2**20
+        hidden, weight, targets = randn(3, 9, 4), randn(V, 4), torch.randint(V, (3, 9))
+        check_op(lambda h, w: ops.linear_cross_entropy(h, w, targets), [hidden, weight], "native")
+
+    def test_losses_of_rows(self):
+        hidden, weight, targets = randn(2, 30, 16), randn(90, 16), torch.randint(90, (2, 30))
+        targets[0, :5] = 7
+
+        def call(h, w):
+            return ops.linear_cross_entropy(h, w, targets, reduction="none", ignore_index=7)
+
+        check_op(call, [hidden, weight], "native", with_gradients=False)
+        check_op(call, [hidden, weight], "native")
+
+    def test_a_target_out_of_range_is_an_index_error(self):
+        for target in (-1, 90):
+            with use_backend("native"), pytest.raises(IndexError, match=f"target {target} is out"):
+                ops.linear_cross_entropy(randn(1, 4), randn(90, 4), torch.tensor([target]))
+
+    def test_no_target_that_counts(self):
+        hidden = randn(2, 4).requires_grad_()
+        targets = torch.full((2,), -100)
+        with use_backend("native"):
+            assert ops.linear_cross_entropy(hidden, randn(9, 4), targets).isnan()
+            loss = ops.linear_cross_entropy(hidden, randn(9, 4), targets, reduction="sum")
+        loss.backward()
+        assert loss == 0 and hidden.grad.eq(0).all()

@@ -21,6 +21,11 @@ static inline Vec load_first(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load_elements(lanes);
 }
+// Zeros behind the first n lanes.
+static inline Vec keep_first(Vec v, int64_t n) {
+  return n >= kLanes ? v : keep_lanes(v, 0, static_cast<int>(n), 0.0f);
+}
+
 // As it is after a store and a load.
 template <class T>
 static inline Vec rounded(Vec v) {

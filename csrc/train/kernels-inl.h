@@ -5,10 +5,12 @@
 #include "activation-inl.h"
 #include "gemm-inl.h"
 #include "attention-inl.h"
+#include "cross_entropy-inl.h"
+#include "norm-inl.h"
 // clang-format on
 
 const Kernels kTable = {
-    kTileRows,          kPanel, units,    pack_panel,        pack_rows,
-    multiply,           finish, sum_rows, attention_scratch, attention_forward,
-    attention_backward,
+    kTileRows,          kPanel,       units,         pack_panel,        pack_rows,
+    multiply,           finish,       sum_rows,      attention_scratch, attention_forward,
+    attention_backward, norm_forward, norm_backward, cross_entropy,
 };

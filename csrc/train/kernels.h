@@ -50,11 +50,11 @@ struct Epilogue {
 // and sees the last `window` keys up to its own.
 struct Attention {
   Dtype dtype;
-  const void *q, *k,
-      *v;  // element (b, t, h, d) at b * strides[0] + t * strides[1] + h * strides[2] + d
+  // element (b, t, h, d) at b * strides[0] + t * strides[1] + h * strides[2] + d
+  const void *q, *k, *v;
   int64_t q_strides[3], k_strides[3], v_strides[3];
-  int64_t num_sequences, num_queries, num_keys, num_heads, num_kv_heads,
-      head_dim;  // B, T, S, H, H_kv, D
+  int64_t num_sequences, num_queries, num_keys;  // B, T, S
+  int64_t num_heads, num_kv_heads, head_dim;     // H, H_kv, D
   int64_t window;
   float scale;
   void* out;   // (B, T, H, D)
@@ -62,6 +62,27 @@ struct Attention {
   // backward alone
   const void* dout = nullptr;  // (B, T, H, D)
   void *dq, *dk, *dv;          // as q, k and v, contiguous
+};
+
+// Normalization of rows. With a residual, total = residual + x is written and normalized; without
+// one it is x.
+struct Norm {
+  Dtype dtype, total_dtype;  // of x; of all else
+  int64_t num_columns;
+  bool is_rms;
+  float eps;
+  const void *x, *residual;
+  void *total, *y;
+  const float *weight, *bias;
+  float *mean, *rstd;  // of each row
+  // backward alone
+  const void *dy, *dstream;  // gradients of y and of total
+  void *dtotal, *dx;         // dx: as dtotal, in the dtype of x, where that is another one
+};
+
+struct CrossEntropy {
+  double label_smoothing, z_loss;
+  double factor;  // of all losses and gradients
 };
 
 struct Kernels {
@@ -93,6 +114,14 @@ struct Kernels {
   int64_t (*attention_scratch)(const Attention& a);
   void (*attention_forward)(const Attention& a, int64_t sequence, int64_t kv_head, float* scratch);
   void (*attention_backward)(const Attention& a, int64_t sequence, int64_t kv_head, float* scratch);
+
+  void (*norm_forward)(const Norm& norm, int64_t first_row, int64_t last_row);
+  // Adds the rows' share to dweight and dbias, which are whole Vecs of floats.
+  void (*norm_backward)(const Norm& norm, int64_t first_row, int64_t last_row, float* dweight,
+                        float* dbias);
+  // The loss of a row of n logits, which become their gradients if those are asked for.
+  float (*cross_entropy)(const CrossEntropy& loss, float* logits, int64_t n, int64_t target,
+                         bool with_gradient);
 };
 
 const Kernels& kernels();  // of the active ISA, see ../cpu/isa.h

@@ -1,7 +1,7 @@
 """Templates: how the fields of a row, or the messages of a conversation, become the text that a model reads.
 
-A prompt template is text with `{field}` in it; `{{` and `}}` are braces. A chat template is the Jinja program of
-`leangpt.generation.chat`; a model that has none gets `default_chat_template`.
+A prompt template is text with `{field}` in it; `{{` and `}}` are braces, and a written-out `\\n` is a line end. A chat template
+is the Jinja program of `leangpt.generation.chat`; a model that has none gets `default_chat_template`.
 """
 
 import re
@@ -12,7 +12,7 @@ from ..data.tokenizer import Tokenizer
 from ..generation.chat import ChatTemplate
 from .rows import text_of
 
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_FIELD = re.compile(r"\{\{|\}\}|\\n|\{([^{}]*)\}")
 
 
 def fields_of(template: str) -> list[str]:
@@ -24,7 +24,9 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     """The template with its fields replaced; braces within a value stay as they are."""
 
     def text(match: re.Match[str]) -> str:
-        return match[0][0] if match[1] is None else values[match[1]]
+        if match[1] is not None:
+            return values[match[1]]
+        return "\n" if match[0] == r"\n" else match[0][0]
 
     return _FIELD.sub(text, template)
 

@@ -5,6 +5,7 @@ processes they are spread over; AdamW; dropout seeded by the step. After each ep
 weights of the best one are kept. Ctrl-C ends it after the step, and what was learnt is reported and saved.
 """
 
+import math
 import sys
 import time
 from contextlib import closing
@@ -227,7 +228,7 @@ def _train(
     autocast = autocast_of(options, group.device)
     trainable = [p for p in module.parameters() if p.requires_grad]
     steps_per_epoch = max(1, num_steps // max(1, round(config.epochs)))
-    best_loss, best = float("inf"), None
+    best_loss, best = math.inf, None
     step, is_interrupted = 0, False
     module.train()
     with closing(Console(0, num_steps, enabled=config.progress and group.is_main)) as console:
@@ -244,6 +245,10 @@ def _train(
                 parallel_module, tokens, targets, micro_batch_size, group, autocast
             )
             loss, num_interrupts = group.sum(loss, interrupt.requested)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of step {step + 1} is {loss}: start again with a learning_rate below {options.learning_rate}"
+                )
             if config.grad_clip:
                 norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
                 clip_grads_with_norm_(trainable, config.grad_clip, norm)

@@ -18,7 +18,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     and learned positions do not.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = {name: p.ndim >= 2 and name != "wpe.weight" for name, p in named}
+    decays = {name: p.ndim >= 2 and not name.endswith("wpe.weight") for name, p in named}
     return [
         {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
         {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},

@@ -62,25 +62,6 @@ def tagged_lines(module: str, count: int) -> list[Row]:
     return [row for row in rows if row["words"]][:count]
 
 
-def following_lines(modules: Sequence[str], rows_each: int, seed: int = 0) -> list[Row]:
-    """Some lines of a module; among lines of all modules, the one that comes next."""
-    draw = random.Random(seed)
-    lines = {m: [s for s in source_of(m).splitlines() if len(s.strip()) > 15] for m in modules}
-    rows = []
-    for module in modules:
-        for start in draw.sample(range(len(lines[module]) - 6), rows_each):
-            *context, following = lines[module][start : start + 6]
-            others = [draw.choice(lines[other]) for other in modules if other != module]
-            candidates = [following, *others]
-            draw.shuffle(candidates)
-            if candidates.count(following) == 1:
-                rows.append(
-                    {"context": "\n".join(context), "candidates": candidates, "chosen": following}
-                )
-    draw.shuffle(rows)
-    return rows
-
-
 def documented_functions(modules: Iterable[str], num_candidates: int, seed: int = 0) -> list[Row]:
     """First lines of docstrings; among some names of functions, the one that it documents."""
     draw = random.Random(seed)
@@ -112,6 +93,21 @@ def letter_questions(count: int, seed: int = 0) -> list[Row]:
         if name and answer:
             rows.append({"question": name.lower().replace("capital", "big"), "answer": answer})
     return random.Random(seed).sample(rows, count)
+
+
+def letter_choices(count: int, seed: int = 0) -> list[Row]:
+    """`letter_questions` as multiple choice."""
+    draw = random.Random(seed)
+    rows = letter_questions(count, seed)
+    answers = sorted({row["answer"] for row in rows})
+    return [
+        {
+            "context": row["question"],
+            "candidates": draw.sample(answers, len(answers)),
+            "chosen": row["answer"],
+        }
+        for row in rows
+    ]
 
 
 def chinese_number(n: int) -> str:

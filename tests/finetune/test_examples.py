@@ -233,6 +233,7 @@ class TestPairs:
     def test_braces(self):
         assert fields_of("{{a}} {b} {{{c}}}") == ["b", "c"]
         assert fill("{{a}} {b} {{{c}}}", {"b": "{c}", "c": "2"}) == "{a} {c} {2}"
+        assert fill(r"{a}\n", {"a": r"\n"}) == "\\n\n"  # as a shell passes it: only the template
 
     @pytest.mark.parametrize(
         ("row", "message"),

@@ -204,6 +204,12 @@ def test_damaged_models(config, tmp_path):
         load_tuned(config.out)
 
 
+def test_a_loss_that_is_not_finite_ends_it(config):
+    with pytest.raises(ValueError, match="the loss of step \\d+ is (nan|inf): .* below 1e\\+30"):
+        finetune(replace(config, learning_rate=1e30, warmup_fraction=0, grad_clip=0))
+    assert not config.out.exists()
+
+
 def test_replayed_rows_have_their_share():
     stream = ExampleStream(list("abc"), list("XY"), 0.25, seed=0)
     drawn = [stream[n] for n in range(48)]

@@ -25,9 +25,11 @@ constexpr int64_t kStepBytes = 256;
 // Inputs are summed in blocks, and the blocks added: long sums lose less so. 256 steps are 64 KB of
 // a panel, which stay in the L2 cache.
 constexpr int64_t kBlockSteps = 256;
-// How far ahead of its products a tile of few rows asks for weights, for the L2 cache: it is bound
-// by memory, and the L1 cache has fewer requests under way at a time.
-constexpr int64_t kPrefetchBytes = 4096;
+// A tile of few rows is bound by memory: it asks for weights before it needs them. For the L2
+// cache, since the L1 cache has fewer requests under way at a time; but int4 weights, of which a
+// line takes more instructions, nearer and for the L1 cache. Both measured: benchmarks/README.md.
+static inline void prefetch_weights(const uint8_t* at) { __builtin_prefetch(at + 4096, 0, 2); }
+static inline void prefetch_int4_weights(const uint8_t* at) { __builtin_prefetch(at + 2048); }
 
 struct Fp32Format {
   using Element = float;
@@ -58,7 +60,7 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
     typename Format::Weights weights[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = panel + step * kStepBytes + v * 64;
-      if constexpr (kRows <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
+      if constexpr (kRows <= 2) prefetch_weights(at);
       weights[v] = Format::load_weights(at);
     }
     for (int r = 0; r < kRows; ++r) {
@@ -114,7 +116,7 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
     Int8Weights bytes[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = weights + step * kStepBytes + v * 64;
-      if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
+      if constexpr (kTokens <= 2) prefetch_weights(at);
       bytes[v] = load_int8_weights(at);
     }
     for (int r = 0; r < kTokens * kDigits; ++r) {
@@ -169,8 +171,8 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
     for (int step = 0; step < group_steps; ++step) {
       for (int v = 0; v < kVecs; ++v) {
         const uint8_t* at = group + step * kStepBytes + v * 64;
-        if constexpr (kTokens <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2);
         if constexpr (kIsInt4) {
+          if constexpr (kTokens <= 2) prefetch_int4_weights(at);
           Int8Weights low, high;
           load_int4_weights(at, low, high);
           for (int r = 0; r < kTokens * kDigits; ++r) {
@@ -178,6 +180,7 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
             sums[r][v] = dot_int8(dot_int8(sums[r][v], low, x), high, x + 4);
           }
         } else {
+          if constexpr (kTokens <= 2) prefetch_weights(at);
           const Int8Weights bytes = load_int8_weights(at);
           for (int r = 0; r < kTokens * kDigits; ++r) {
             sums[r][v] = dot_int8(sums[r][v], bytes, inputs + r * padded_k + step * 4);

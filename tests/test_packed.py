@@ -305,3 +305,15 @@ class TestFormatNames:
         with pytest.raises(ValueError, match="format must be fp32") as error:
             WeightFormat.parse(name)
         assert repr(name) in str(error.value)
+
+
+def test_weights_lie_in_private_memory():
+    """A mapping that could be shared, which Python's mmap makes by default, gets no huge pages."""
+    address = pack_model(make_model(), "int8").memory.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            assert permissions.endswith("p")
+            return
+    raise AssertionError("the weights lie in no mapping of this process")

@@ -241,7 +241,7 @@ _FWD_TILES: Tiles = {
     (64, 4): [(16, 32, 4, 2)],
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
-    (64, 2): [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+    (64, 2): [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
     (128, 2): [(64, 32, 4, 3), (128, 64, 8, 3)],
     (256, 2): [(64, 32, 8, 2), (64, 64, 8, 2)],
 }
@@ -258,7 +258,9 @@ _DKV_TILES: Tiles = {
     (128, 4): [(16, 16, 4, 2)],
     (256, 4): [(16, 16, 8, 2)],
     (64, 2): [(32, 64, 4, 2), (64, 64, 4, 2)],
-    (128, 2): [(16, 128, 8, 2), (32, 64, 4, 2)],
+    (128, 2): [(16, 128, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2)],
+    # HGMMA needs 64 keys, with which dk, dv and a step's products exceed the registers of sm_90: (16, 64, 8, 2) spills 20 to
+    # 58 of them, 16 warps of 128 registers 65 or more. So dk and dv of such wide heads are of HMMA there.
     (256, 2): [(32, 32, 8, 2)],
 }
 
@@ -276,8 +278,11 @@ def _autotune(tiles: Tiles) -> Any:
         arguments = arguments | more
         head_dim, itemsize = max(arguments["BLOCK_D"], 64), arguments["q_ptr"].element_size()
         choice = [configs[tile] for tile in tiles[head_dim, itemsize]]
-        # drawing dropout's mask takes registers, too
-        return choice if arguments["seed_ptr"] is None else choice[:1]
+        # what else takes registers: drawing dropout's mask, and the bounds of windows and packed sequences
+        if arguments["seed_ptr"] is not None:
+            return choice[:1]
+        is_bounded = arguments["window"] is not None or arguments["cu_seqlens_ptr"] is not None
+        return choice[:2] if is_bounded else choice
 
     return triton.autotune(
         configs=list(configs.values()),
@@ -511,7 +516,8 @@ def _arguments(
         "window": sliding_window,
         "dropout_p": dropout_p,
         "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        "length_class": min(max(S.bit_length(), 7), 13),  # for the choice of tiles
+        # for the choice of tiles, in which windows have a part
+        "length_class": min(max(S.bit_length(), 7), 13) * (1 if sliding_window is None else -1),
         "HEAD_DIM": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),  # a product needs 16
         "UNIT": unit,

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from .triton_activations import activation
 from .triton_dropout import kept_by_dropout
@@ -141,13 +142,31 @@ def _epilogue(
 
 def configurations() -> list[triton.Config]:
     """Small tiles give a small product many programs and fit any dtype; large ones read less for each output."""
-    tiles = [(64, 64, 32, 4, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]
+    tiles = [
+        (64, 64, 32, 4, 4),
+        (128, 128, 64, 8, 3),
+        (128, 256, 64, 8, 3),
+        (128, 256, 32, 8, 4),
+    ]
     return [
         triton.Config(
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}, num_warps=w, num_stages=s
         )
         for m, n, k, w, s in tiles
     ]
+
+
+def _of_architecture(
+    configs: list[triton.Config], _: dict[str, Any], **__: Any
+) -> list[triton.Config]:
+    """The largest tile with the K that suits the tensor cores.
+
+    Those of sm_90 and sm_100 read operands from shared memory. Others read them from registers, which a K of 64 would exceed.
+    """
+    reads_shared = 90 <= driver.active.get_current_target().arch < 120
+    largest = {"BLOCK_M": 128, "BLOCK_N": 256}
+    unfit = largest | {"BLOCK_K": 32 if reads_shared else 64}
+    return [config for config in configs if not unfit.items() <= config.kwargs.items()]
 
 
 def size_class(M: int, N: int) -> int:
@@ -161,7 +180,12 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@triton.autotune(configs=configurations(), key=["size_class", "ACTIVATION"], cache_results=True)
+@triton.autotune(
+    configs=configurations(),
+    key=["size_class", "ACTIVATION"],
+    prune_configs_by={"early_config_prune": _of_architecture},
+    cache_results=True,
+)
 @triton.jit(do_not_specialize=["M", "size_class"])
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, seed_ptr, h_ptr, out_ptr,

@@ -277,17 +277,6 @@ class TestCommand:
 class TestBars:
     """What the contract says of the kernels as they are."""
 
-    # more than the registers hold, by a few: tiles of autotuning that are without spills elsewhere
-    SPILLS = frozenset(
-        {
-            ("gpt2 attention_varlen forward _attention_fwd_kernel configuration 2", "sm_80"),
-            ("qwen3-8b attention window backward _attention_dkv_kernel configuration 2", "sm_80"),
-            ("qwen3-8b attention window backward _attention_dkv_kernel configuration 2", "sm_90"),
-            ("qwen3-8b attention_varlen backward _attention_dkv_kernel configuration 2", "sm_90"),
-            ("qwen3-8b linear forward _linear_kernel configuration 3", "sm_80"),
-            ("qwen3-8b mlp forward _linear_kernel configuration 3", "sm_80"),
-        }
-    )
     PRODUCTS = ("_attention_", "_linear_kernel", "_mlp_bwd_kernel", "_add_weight_gradient_kernel")
     TENSOR_CORES = MappingProxyType(
         {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
@@ -311,10 +300,10 @@ class TestBars:
         assert ops == set(triton_ops.__all__)
         assert {arch for _, arch in figures} == set(CHIPS)
 
-    def test_spills(self, figures):
-        spilled = {key for key, row in figures.items() if row["spills"] or row["local_bytes"]}
-        assert {key for key in spilled if key[1] != "sm_120"} == self.SPILLS
-        assert all(figures[key]["spills"] <= 12 for key in self.SPILLS)
+    def test_no_spills(self, figures):
+        """But for sm_120, which is listed without a bar."""
+        spilled = [key for key, row in figures.items() if row["spills"] or row["local_bytes"]]
+        assert [key for key in spilled if key[1] != "sm_120"] == []
 
     def test_tensor_cores_in_every_product(self, figures):
         products = {key: row for key, row in figures.items() if any(p in key[0] for p in self.PRODUCTS)}  # fmt: skip

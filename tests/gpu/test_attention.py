@@ -234,18 +234,34 @@ def test_configurations(name, head_dim, tile, dtype, device, monkeypatch):
 
 
 def test_autotuning(device, monkeypatch):
-    """The tiles of a class of head_dim and dtype are tried and no others; with dropout the leanest alone."""
+    """The tiles of a class of head_dim and dtype are tried and no others; of these the leaner where registers are short."""
     kernel, tiles = KERNELS["fwd"]
     q, k, v = make_qkv(1, 70, 70, 1, 1, 64, device)
-    arguments = {"BLOCK_D": 64, "q_ptr": q, "seed_ptr": None}
+    arguments = {
+        "BLOCK_D": 64,
+        "q_ptr": q,
+        "seed_ptr": None,
+        "window": None,
+        "cu_seqlens_ptr": None,
+    }
     choice = kernel.early_config_prune(kernel.configs, arguments)
     blocks = [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps, c.num_stages) for c in choice]
     assert blocks == tiles[64, 2]
     seed = torch.tensor([1], device=device)
     assert kernel.early_config_prune([], arguments | {"seed_ptr": seed}) == choice[:1]
+    assert kernel.early_config_prune([], arguments | {"window": 9}) == choice[:2]
+    assert kernel.early_config_prune([], arguments | {"cu_seqlens_ptr": seed}) == choice[:2]
     monkeypatch.setattr(kernel, "configs", choice)
+    monkeypatch.setattr(kernel, "cache", {})
     check([q, k, v])
     assert kernel.best_config in choice
+    tried = []
+    monkeypatch.setattr(
+        kernel, "early_config_prune", lambda *_, **__: tried.append(1) or choice[:2]
+    )
+    check([q, k, v], sliding_window=9)
+    check([q, k, v], sliding_window=19)
+    assert tried == [1]  # a window is another class, whatever its size
 
 
 def test_same_bits_in_every_run(device):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from leangpt.kernels import dispatch, ops, reference, triton_linear, use_backend
+from leangpt.kernels.triton_recorder import Recorder
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (M, K, N): sizes that are no multiple of a tile, with 16-byte loads and without
@@ -63,6 +64,14 @@ def test_configurations(config, dtype, device, monkeypatch):
     monkeypatch.setattr(triton_linear._linear_kernel, "configs", [config])
     tensors = make(129, 208, 272, dtype, device)
     check_op(ops.linear, tensors, "triton", with_gradients=False)
+
+
+@pytest.mark.parametrize(("arch", "step"), [("sm_80", 32), ("sm_90", 64), ("sm_100", 64), ("sm_120", 32)])  # fmt: skip
+def test_the_largest_tile_of_an_architecture(arch, step):
+    with Recorder(arch).recording():
+        configs = triton_linear._of_architecture(CONFIGS, {})
+    tiles = [tuple(config.kwargs[f"BLOCK_{x}"] for x in "MNK") for config in configs]
+    assert tiles == [(64, 64, 32), (128, 128, 64), (128, 256, step)]
 
 
 def test_any_strides(device):

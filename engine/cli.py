@@ -77,6 +77,7 @@ class Predict:
     base: str | None = None  # where the base model is now, if it was moved
     batch_size: int = 16  # rows a forward pass
     skip_bad_rows: bool = False  # and count them, instead of stopping with an error
+    format: str | None = None  # of the weights on a CPU, such as int8
     device: str = "auto"
     task: Literal["classify", "rank"] | None = None  # without training
     labels: tuple[str, ...] = ()  # --task classify: as the template should say them
@@ -208,12 +209,12 @@ def _predict(argv: Sequence[str]) -> None:
         if options.labels or options.shots or options.prompt:
             raise ValueError("--labels, --shots and --prompt are options of --task")
         tuned = load_tuned(options.model, options.base, device)
-        tuned.batch_size = options.batch_size
+        tuned.batch_size, tuned.format = options.batch_size, options.format
         predictor: Any = tuned
     else:
         from .finetune.zero_shot import ZeroShot
 
-        generator = _load_generator(options.model, options.device)
+        generator = _load_generator(options.model, options.device, options.format)
         predictor = ZeroShot.create(
             options.task, generator, options.labels, options.shots, options.prompt
         )
@@ -230,20 +231,22 @@ def _predict(argv: Sequence[str]) -> None:
         print(f"{bad_rows.count} rows were skipped", file=sys.stderr)
 
 
-def _load_generator(name: str, device: str, **options: Any) -> Any:
+def _load_generator(name: str, device: str, format: str | None) -> Any:
     """A generator of any model, tuned ones too."""
     from .finetune.storage import is_tuned, load_tuned
     from .generation.generator import Generator
     from .machine import default_device
 
-    if is_tuned(name):
-        return load_tuned(name, device=default_device() if device == "auto" else device).generator
-    return Generator.from_pretrained(name, device=device, **options)
+    if not is_tuned(name):
+        return Generator.from_pretrained(name, device=device, format=format)
+    tuned = load_tuned(name, device=default_device() if device == "auto" else device)
+    tuned.format = format
+    return tuned.generator
 
 
 def _chat(argv: Sequence[str]) -> None:
     options = _parse(Chat, "chat", argv)
-    generator = _load_generator(options.model, options.device, format=options.format)
+    generator = _load_generator(options.model, options.device, options.format)
     if generator.chat_template is None:
         raise ValueError(
             f"{options.model}: has no chat template, it was not trained to chat: "

@@ -16,15 +16,17 @@ from .methods.int8 import dequantize_blocks
 _TOKENS_AT_ONCE = 512  # of a context that candidates share
 
 
-def decoder_of_tuned(adapted: Adapted) -> Decoder:
-    """A decoder of the model as it is now; later training does not change it."""
+def decoder_of_tuned(adapted: Adapted, format: str | None = None) -> Decoder:
+    """A decoder of the model as it is now, which later training does not change; `format` as in `decoder_of`."""
     adapted = copy.deepcopy(adapted)
+    additions = None
     try:
-        return decoder_of(adapted.merge().eval())
+        plain = adapted.merge()
     except ValueError:  # the method has no merged form
-        prefix, adapter = adapted.additions()
-    base = decoder_of(_without_additions(adapted.model).eval())
-    return AdaptedDecoder(base, prefix, adapter)
+        additions = adapted.additions()
+        plain = _without_additions(adapted.model)
+    decoder = decoder_of(plain.eval(), format=format)
+    return decoder if additions is None else AdaptedDecoder(decoder, *additions)
 
 
 def _without_additions(model: GPT) -> GPT:

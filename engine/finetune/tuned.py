@@ -27,11 +27,12 @@ class Tuned:
     tokenizer: Tokenizer
     max_len: int  # tokens of an example
     batch_size: int = 16
+    format: str | None = None  # of the weights in the native decoder, such as "int8"
 
     @cached_property
     def decoder(self) -> Decoder:
         """The model as it is when this is first asked for."""
-        return decoder_of_tuned(self.adapted)
+        return decoder_of_tuned(self.adapted, self.format)
 
     @cached_property
     def generator(self) -> Generator:

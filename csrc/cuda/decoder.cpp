@@ -32,7 +32,10 @@ const ModelConfig& checked(const Model& model, KvKind kv_kind, int device) {
 }  // namespace
 
 void check_device(int device) {
-  int count = 0;
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) {
+    throw std::runtime_error("there is no GPU to decode on: no NVIDIA driver is installed");
+  }
   check(cudaGetDeviceCount(&count), "there is no GPU to decode on");
   if (device < 0 || device >= count) {
     throw std::invalid_argument("there is no device cuda:" + text(device) + ", of " + text(count));

@@ -309,7 +309,8 @@ class TestFormatNames:
 
 def test_weights_lie_in_private_memory():
     """A mapping that could be shared, which Python's mmap makes by default, gets no huge pages."""
-    address = pack_model(make_model(), "int8").memory.ctypes.data
+    packed = pack_model(make_model(), "int8")
+    address = packed.memory.ctypes.data
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, permissions = line.split()[:2]
         start, end = (int(part, 16) for part in span.split("-"))

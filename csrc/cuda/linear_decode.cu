@@ -212,10 +212,9 @@ __global__ void __launch_bounds__(kThreads, kRowTiles <= 2 ? 2 : 1)
   const int end_block = min(first_block + args.part_blocks, w.blocks);
   uint8_t* stages = shared + warp * Shape::kStages * Tile::kBytes;
 
+  typename Tile::template Copies<32> copies(w, first_output, first_block, lane);
   const auto copy = [&](int block, int stage) {
-    if (block < end_block) {
-      Tile::template copy<32>(w, first_output, block, stages + stage * Tile::kBytes, lane);
-    }
+    if (block < end_block) copies.start(w, stages + stage * Tile::kBytes);
     cp_async_commit();
   };
   for (int i = 0; i < Shape::kStages - 1; ++i) copy(first_block + i, i);
@@ -322,6 +321,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   const int first_output =
       static_cast<int>(blockIdx.y) * kTileOutputs + warp_column * Tile::kOutputs;
   const bool has_outputs = first_output < w.n;
+  typename Tile::template Copies<64> copies(w, first_output, 0, warp_row * 32 + lane);
 
   const auto copy = [&](int block, int stage) {
     if (block < w.blocks) {
@@ -333,11 +333,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
         cp_async_16(to + i * 16, args.in.rows + (first_row + row) * args.in.stride + column,
                     row < num_rows && column < w.k);
       }
-      if (has_outputs) {
-        Tile::template copy<64>(w, first_output, block,
-                                to + Shape::kRowBytes + warp_column * Tile::kBytes,
-                                warp_row * 32 + lane);
-      }
+      if (has_outputs) copies.start(w, to + Shape::kRowBytes + warp_column * Tile::kBytes);
     }
     cp_async_commit();
   };

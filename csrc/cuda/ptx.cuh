@@ -26,6 +26,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Two operations on bits in one instruction, by their truth table.
+constexpr int kAndOr = 0xEA;     // a & b | c
+constexpr int kNotAndOr = 0xAE;  // ~a & b | c
+
+template <int kTable>
+__device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
+}
+
 // sum (16 x 8) += a (16 x 16) b (16 x 8) in a warp; with g = lane / 4 and t = lane % 4, a thread
 // has
 //   a    rows g and g + 8 in turn, columns 2t and 2t + 1, then 2t + 8 and 2t + 9

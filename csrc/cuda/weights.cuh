@@ -71,8 +71,8 @@ inline Weights as_weights(const Matrix& w, const char* kernel) {
 __device__ __forceinline__ uint32_t bytes_to_bf16(uint32_t bytes) {
   // 0x4300 is 128, its last bit counts 1: there is room for 7 bits of u, and 128 or, where the 8th
   // is not set, 256 to subtract
-  const uint32_t low = (bytes & 0x007F007F) | 0x43004300;
-  const uint32_t offset = (~bytes & 0x00800080) | 0x43004300;
+  const uint32_t low = lop3<kAndOr>(bytes, 0x007F007F, 0x43004300);
+  const uint32_t offset = lop3<kNotAndOr>(bytes, 0x00800080, 0x43004300);
   const __nv_bfloat162 q = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
                                    reinterpret_cast<const __nv_bfloat162&>(offset));
   return reinterpret_cast<const uint32_t&>(q);
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t bytes_to_bf16(uint32_t bytes) {
 
 // The integers u - 8 for the lowest 4 bits of two 16-bit lanes, as bfloat16.
 __device__ __forceinline__ uint32_t nibbles_to_bf16(uint32_t nibbles) {
-  const uint32_t low = (nibbles & 0x000F000F) | 0x43004300, offset = 0x43084308;
+  const uint32_t low = lop3<kAndOr>(nibbles, 0x000F000F, 0x43004300), offset = 0x43084308;
   const __nv_bfloat162 q = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
                                    reinterpret_cast<const __nv_bfloat162&>(offset));
   return reinterpret_cast<const uint32_t&>(q);
@@ -111,33 +111,48 @@ struct WeightTile {
     return ((word * 4 + t) * kChunks + (chunk ^ turn)) * 16;
   }
 
-  // Start to copy a block of `w` to shared memory, by kThreads threads.
+  // What one of kThreads threads copies to shared memory, block after block of inputs.
   template <int kThreads>
-  static __device__ __forceinline__ void copy(const Weights& w, int first_output, int block,
-                                              uint8_t* shared, unsigned thread) {
-    const int panel = first_output / kPanelWidth, lane = first_output % kPanelWidth;
-    const unsigned chunk = thread % kChunks;
-    const int first_step = block * kSteps;
-    const uint8_t* from = w.data + panel * w.panel_bytes +
-                          (int64_t{first_step} * kPanelWidth + lane) * 4 + chunk * 16;
-    constexpr unsigned kCopies = kSteps * kChunks;
-#pragma unroll
-    for (unsigned first = 0; first < kCopies; first += kThreads) {
-      if (first + kThreads > kCopies && first + thread >= kCopies) break;
-      const unsigned step = (first + thread) / kChunks;
-      cp_async_16(shared + place(step % kWords, step / kWords, chunk),
-                  from + step * (kPanelWidth * 4), first_step + static_cast<int>(step) < w.steps);
-    }
-    if (kIsInteger && w.scales) {
+  class Copies {
+   public:
+    __device__ __forceinline__ Copies(const Weights& w, int first_output, int first_block,
+                                      unsigned thread)
+        : thread_(thread), block_(first_block) {
+      const int panel = first_output / kPanelWidth, lane = first_output % kPanelWidth;
+      data_ = w.data + panel * w.panel_bytes +
+              (int64_t{first_block} * kSteps * kPanelWidth + lane) * 4 + thread % kChunks * 16;
       const unsigned part = thread / kScaleChunks;  // first the scales, then the minimums
-      const uint16_t* of_groups = part == 0 ? w.scales : w.minimums;
-      if (part < 2 && of_groups) {
-        const int64_t group = int64_t{panel} * w.groups + (block >> w.group_shift);
-        cp_async_16(shared + kDataBytes + thread * 16,
-                    of_groups + group * kPanelWidth + lane + thread % kScaleChunks * 8, true);
-      }
+      scales_ = part == 0 ? w.scales : part == 1 ? w.minimums : nullptr;
+      has_scales_ = scales_ != nullptr;
+      scales_ += int64_t{panel} * w.groups * kPanelWidth + lane + thread % kScaleChunks * 8;
     }
-  }
+
+    // Start to copy the next block.
+    __device__ __forceinline__ void start(const Weights& w, uint8_t* shared) {
+      constexpr unsigned kCopies = kSteps * kChunks;
+#pragma unroll
+      for (unsigned first = 0; first < kCopies; first += kThreads) {
+        if (first + kThreads > kCopies && first + thread_ >= kCopies) break;
+        const unsigned step = (first + thread_) / kChunks;
+        cp_async_16(shared + place(step % kWords, step / kWords, thread_ % kChunks),
+                    data_ + step * (kPanelWidth * 4),
+                    block_ * kSteps + static_cast<int>(step) < w.steps);
+      }
+      if (kIsInteger && has_scales_) {
+        cp_async_16(shared + kDataBytes + thread_ * 16,
+                    scales_ + (block_ >> w.group_shift) * int64_t{kPanelWidth}, true);
+      }
+      data_ += kSteps * kPanelWidth * 4;
+      ++block_;
+    }
+
+   private:
+    unsigned thread_;
+    int block_;
+    const uint8_t* data_;
+    const uint16_t* scales_;  // or minimums
+    bool has_scales_;
+  };
 
   // Read what was copied, by a warp.
   __device__ __forceinline__ void load(const Weights& w, const uint8_t* shared) {

@@ -71,6 +71,11 @@ def resolve_model(name: str | Path) -> Path:
             return _checkpoint_of(path)
         if (path / "ckpt.pt").exists():
             return path
+        if (path / "adapter.json").exists():
+            raise FileNotFoundError(
+                f"{path}: holds what was trained beside a base model, not a model: `leangpt predict` and `leangpt chat` run "
+                "it, `leangpt finetune --merge` makes a model"
+            )
         raise FileNotFoundError(
             f"{path}: must be a model, a run or a nanoGPT folder, but holds none of config.json, best.json, "
             "checkpoints/, ckpt.pt"

@@ -1,6 +1,7 @@
 """The whole of a fine-tuning: what is counted and reported, replay, several processes, saved models, zero-shot, the commands."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from leangpt import Generator, SamplingParams
 from leangpt.cli import main
-from leangpt.finetune import FinetuneConfig, finetune, load_tuned, methods, predict
+from leangpt.finetune import FinetuneConfig, finetune, load_tuned, methods, predict, trainer
 from leangpt.finetune.dataset import ExampleStream
 from leangpt.finetune.tasks import QA, Chat, Classify, Rank, Tag, Text, task_from_dict
 from leangpt.finetune.zero_shot import ZeroShot
@@ -179,6 +180,12 @@ def test_an_adapter_needs_its_base(config, tmp_path, base):
         load_tuned(config.out, tmp_path / "else")
 
 
+def test_an_adapter_alone_is_not_taken_for_a_model(config):
+    finetune(replace(config, method=methods.create("lora", rank=2)))
+    with pytest.raises(FileNotFoundError, match="beside a base model, not a model: .* --merge"):
+        Generator.from_pretrained(str(config.out))
+
+
 def test_a_merged_model_is_a_plain_one(config, tmp_path):
     config = replace(config, task=Text(), method=methods.create("lora"), max_steps=6)
     adapted = load_tuned(finetune(config).out)
@@ -208,6 +215,20 @@ def test_a_loss_that_is_not_finite_ends_it(config):
     with pytest.raises(ValueError, match="the loss of step \\d+ is (nan|inf): .* below 1e\\+30"):
         finetune(replace(config, learning_rate=1e30, warmup_fraction=0, grad_clip=0))
     assert not config.out.exists()
+
+
+def test_ctrl_c_ends_it_after_the_step_and_keeps_what_was_learnt(config, monkeypatch):
+    seed_step = trainer.seed_step
+
+    def interrupt_and_seed(seed, step, group):
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        seed_step(seed, step, group)
+
+    monkeypatch.setattr(trainer, "seed_step", interrupt_and_seed)
+    outcome = finetune(replace(config, max_steps=50))
+    assert outcome.is_interrupted and outcome.steps == 2
+    assert predict(load_tuned(config.out), ROWS[:1])
 
 
 def test_replayed_rows_have_their_share():
@@ -332,7 +353,12 @@ class TestCommands:
             "涨 up 3",
             "跌 down 3",
         ]
-        assert main(["predict", str(table), "--model", str(config.out), "--report"]) == 0
+        assert (
+            main(
+                ["predict", str(table), "--model", str(config.out), "--report", "--format", "int8"]
+            )
+            == 0
+        )
         assert "accuracy" in capsys.readouterr().out
 
     def test_zero_shot(self, config, capsys, tmp_path):

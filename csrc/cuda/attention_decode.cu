@@ -51,6 +51,11 @@ struct Params {
   int num_splits;
 };
 
+// The first key that a query at a position sees.
+__device__ int first_seen(int position, int sliding_window) {
+  return sliding_window ? max(0, position + 1 - sliding_window) : 0;
+}
+
 // Floats of a split's result: the largest score, the sum of the weights, two unused, the sums.
 __host__ __device__ int64_t state_floats(int num_steps) { return 4 + num_steps * kStepDims; }
 
@@ -148,7 +153,7 @@ struct WarpTile {
       const int query = lane / 4 + 8 * i;
       const bool is_there = query < tile.num_rows * p.heads;
       last_key[i] = is_there ? p.rows.positions[tile.first_row + query / p.heads] : -1;
-      first_key[i] = p.args.sliding_window ? max(0, last_key[i] + 1 - p.args.sliding_window) : 0;
+      first_key[i] = first_seen(last_key[i], p.args.sliding_window);
     }
   }
 
@@ -260,11 +265,15 @@ struct WarpTile {
 template <int kSteps>
 struct SharedMemory {
   using P = Plan<kSteps>;
-  int head_bytes, num_steps;
+  uint8_t* base;
+  int num_steps, head_bytes;
   int row_stride;  // of sums, in floats, such that a warp's lanes write to all banks
 
-  __host__ __device__ SharedMemory(int head_bytes, int num_steps)
-      : head_bytes(head_bytes), num_steps(num_steps), row_stride(num_steps * kStepDims + 8) {}
+  __host__ __device__ SharedMemory(uint8_t* base, int num_steps, int head_bytes)
+      : base(base),
+        num_steps(num_steps),
+        head_bytes(head_bytes),
+        row_stride(num_steps * kStepDims + 8) {}
   __host__ __device__ int merged_offset() const { return num_steps * 32 * int{sizeof(uint4)}; }
   __host__ __device__ int pages_offset() const {
     return merged_offset() + kTileQueries * num_steps * kStepDims * 4;
@@ -275,20 +284,90 @@ struct SharedMemory {
     return pages_offset() + (pages > sums ? pages : sums);
   }
 
-  __device__ uint4* queries(uint8_t* shared) const { return reinterpret_cast<uint4*>(shared); }
-  __device__ float* merged(uint8_t* shared, int query) const {
-    return reinterpret_cast<float*>(shared + merged_offset()) + query * num_steps * kStepDims;
+  __device__ uint4* queries() const { return reinterpret_cast<uint4*>(base); }
+  __device__ float* merged(int query) const {
+    return reinterpret_cast<float*>(base + merged_offset()) + query * num_steps * kStepDims;
   }
-  __device__ uint8_t* page(uint8_t* shared, int warp, int stage) const {
-    return shared + pages_offset() + (warp * P::kStages + stage) * head_bytes;
+  __device__ uint8_t* page(int warp, int stage) const {
+    return base + pages_offset() + (warp * P::kStages + stage) * head_bytes;
   }
-  __device__ Softmax* softmax(uint8_t* shared, int warp) const {
-    return reinterpret_cast<Softmax*>(shared + pages_offset()) + warp * kTileQueries;
+  __device__ Softmax* softmax(int warp) const {
+    return reinterpret_cast<Softmax*>(base + pages_offset()) + warp * kTileQueries;
   }
-  __device__ float* sums(uint8_t* shared, int warp) const {
-    return reinterpret_cast<float*>(softmax(shared, P::kWarps)) + warp * kTileQueries * row_stride;
+  __device__ float* sums(int warp) const {
+    return reinterpret_cast<float*>(softmax(P::kWarps)) + warp * kTileQueries * row_stride;
   }
 };
+
+// The keys and values of one head that a tile sees.
+struct Keys {
+  const uint8_t* base;
+  int64_t block_bytes;
+  const int32_t* table;
+  int first, last;  // key that any query sees
+
+  __device__ int first_split() const { return first / kSplitKeys; }
+  __device__ int last_split() const { return last / kSplitKeys; }
+};
+
+// A warp's share of a split. `meanwhile` is called when its first pages are on their way.
+template <int kSteps, KvKind kKind, class Meanwhile>
+__device__ __forceinline__ void attend_split(WarpTile<kSteps, kKind>& of_warp, const Keys& keys,
+                                             int split, const SharedMemory<kSteps>& memory,
+                                             const Meanwhile& meanwhile) {
+  using P = Plan<kSteps>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int begin = max(keys.first, split * kSplitKeys) / kPageSize;
+  const int end_key = min(keys.last + 1, (split + 1) * kSplitKeys);
+  const int end = (end_key + kPageSize - 1) / kPageSize;
+  const int of_lane = split * kSplitPages + lane;
+  const bool is_page = lane < kSplitPages && begin <= of_lane && of_lane < end;
+  const int32_t blocks = is_page ? keys.table[of_lane] : 0;
+  const auto request = [&](int page, int stage) {
+    if (page < end) {
+      const int64_t block = __shfl_sync(0xFFFFFFFF, blocks, page % kSplitPages);
+      const uint8_t* from = keys.base + block * keys.block_bytes;
+      uint8_t* to = memory.page(warp, stage);
+      for (int i = lane * 16; i < memory.head_bytes; i += 512) cp_async_16(to + i, from + i, true);
+    }
+    cp_async_commit();
+  };
+  const int first = begin + (warp - begin % P::kWarps + P::kWarps) % P::kWarps;
+  for (int i = 0; i < P::kStages; ++i) request(first + i * P::kWarps, i);
+  meanwhile();
+  of_warp.clear();
+  int stage = 0;
+  for (int page = first; page < end; page += P::kWarps) {
+    cp_async_wait<P::kStages - 1>();
+    __syncwarp();
+    of_warp.attend(memory.queries(), memory.page(warp, stage), page * kPageSize, end_key,
+                   memory.num_steps, lane);
+    __syncwarp();
+    request(page + P::kStages * P::kWarps, stage);
+    stage = (stage + 1) % P::kStages;
+  }
+}
+
+// What the warps have summed of a split goes to what the splits before have, by the threads of a
+// query: `all` and, from `first_dim` on, the row `merged`.
+template <int kSteps>
+__device__ __forceinline__ void merge_split(const SharedMemory<kSteps>& memory, int query,
+                                            int first_dim, Softmax& all, float* merged) {
+  using P = Plan<kSteps>;
+  Softmax of_split = {-INFINITY, 0.0f};
+  Factors factors[P::kWarps];
+  for (int w = 0; w < P::kWarps; ++w) factors[w] = merge(of_split, memory.softmax(w)[query]);
+  const Factors both = merge(all, of_split);
+  for (int dim = first_dim; dim < memory.num_steps * kStepDims; dim += P::kQueryThreads * 4) {
+    float4 sums = {};
+    for (int w = 0; w < P::kWarps; ++w) {
+      const float* row = memory.sums(w) + query * memory.row_stride;
+      sums = merge(sums, *reinterpret_cast<const float4*>(row + dim), factors[w]);
+    }
+    auto* before = reinterpret_cast<float4*>(merged + dim);
+    *before = merge(*before, sums, both);
+  }
+}
 
 // One block a multiprocessor is enough for ptxas, which else spills to make room for more.
 template <int kSteps, KvKind kKind>
@@ -298,108 +377,56 @@ __global__ void __launch_bounds__(Plan<kSteps>::kThreads, 1) attend_kernel(const
   const AttentionTile tile = p.args.tiles[blockIdx.x];
   if (tile.num_rows == 0) return;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int kv_head = blockIdx.y / p.turns, group = p.shape.n_head / p.shape.n_kv_head;
-  const int first_of_group = blockIdx.y % p.turns * p.heads;
-  const int first_head = kv_head * group + first_of_group;
+  const int kv_head = static_cast<int>(blockIdx.y) / p.turns;
+  const int first_head = static_cast<int>(blockIdx.y) * p.heads;
   const int D = p.shape.head_dim, num_steps = num_steps_of(D), width = num_steps * kStepDims;
-  const int head_bytes = kv_head_bytes<kKind>(num_steps);
-  const SharedMemory<kSteps> memory(head_bytes, num_steps);
-
-  // what any query of the tile sees
-  const int last_key = p.rows.positions[tile.first_row + tile.num_rows - 1];
-  const int window = p.args.sliding_window;
-  const int first_key = window ? max(0, p.rows.positions[tile.first_row] + 1 - window) : 0;
-  int split = first_key / kSplitKeys + static_cast<int>(blockIdx.z);
-  if (split > last_key / kSplitKeys) return;
-
-  const int32_t* table =
-      p.rows.block_tables + p.rows.table_of[tile.first_row] * p.rows.table_stride;
-  const uint8_t* base = p.layer.base + int64_t{kv_head} * head_bytes;
-  load_queries<P::kThreads>(p, tile, first_head, num_steps, memory.queries(shared));
-  WarpTile<kSteps, kKind> of_warp(p, tile, lane);
-  __syncthreads();
+  const SharedMemory<kSteps> memory(shared, num_steps, kv_head_bytes<kKind>(num_steps));
+  const int first_position = p.rows.positions[tile.first_row];
+  const int last_position = p.rows.positions[tile.first_row + tile.num_rows - 1];
+  const Keys keys = {p.layer.base + int64_t{kv_head} * memory.head_bytes, p.layer.block_bytes,
+                     p.rows.block_tables + p.rows.table_of[tile.first_row] * p.rows.table_stride,
+                     first_seen(first_position, p.args.sliding_window), last_position};
+  const int first_split = keys.first_split() + static_cast<int>(blockIdx.z);
+  if (first_split > keys.last_split()) return;
 
   // the query and dimensions that a thread merges
   const int query = static_cast<int>(threadIdx.x) / P::kQueryThreads;
   const int first_dim = static_cast<int>(threadIdx.x) % P::kQueryThreads * 4;
-  const bool is_query = query < tile.num_rows * p.heads;
-  float* merged = memory.merged(shared, query);
+  float* merged = memory.merged(query);
   Softmax all = {-INFINITY, 0.0f};
   for (int dim = first_dim; dim < width; dim += P::kQueryThreads * 4) {
     *reinterpret_cast<float4*>(merged + dim) = {};
   }
 
-  for (; split <= last_key / kSplitKeys; split += static_cast<int>(gridDim.z)) {
-    const int begin = max(first_key, split * kSplitKeys) / kPageSize;
-    const int end_key = min(last_key + 1, (split + 1) * kSplitKeys);
-    const int end = (end_key + kPageSize - 1) / kPageSize;
-    const int of_lane = split * kSplitPages + lane;
-    const int32_t pages =
-        lane < kSplitPages && begin <= of_lane && of_lane < end ? table[of_lane] : 0;
-    const auto request = [&](int page, int stage) {
-      if (page < end) {
-        const int64_t block = __shfl_sync(0xFFFFFFFF, pages, page % kSplitPages);
-        const uint8_t* from = base + block * p.layer.block_bytes;
-        uint8_t* to = memory.page(shared, warp, stage);
-        for (int i = lane * 16; i < head_bytes; i += 512) cp_async_16(to + i, from + i, true);
-      }
-      cp_async_commit();
-    };
-    const int first = begin + (warp - begin % P::kWarps + P::kWarps) % P::kWarps;
-    for (int i = 0; i < P::kStages; ++i) request(first + i * P::kWarps, i);
-    of_warp.clear();
-    int stage = 0;
-    for (int page = first; page < end; page += P::kWarps) {
-      cp_async_wait<P::kStages - 1>();
-      __syncwarp();
-      of_warp.attend(memory.queries(shared), memory.page(shared, warp, stage), page * kPageSize,
-                     end_key, num_steps, lane);
-      __syncwarp();
-      request(page + P::kStages * P::kWarps, stage);
-      stage = (stage + 1) % P::kStages;
-    }
+  WarpTile<kSteps, kKind> of_warp(p, tile, lane);
+  for (int split = first_split; split <= keys.last_split(); split += static_cast<int>(gridDim.z)) {
+    attend_split(of_warp, keys, split, memory, [&] {
+      if (split > first_split) return;
+      load_queries<P::kThreads>(p, tile, first_head, num_steps, memory.queries());
+      __syncthreads();
+    });
     __syncthreads();  // all pages are read
-    of_warp.store(memory.softmax(shared, warp), memory.sums(shared, warp), memory.row_stride,
-                  num_steps, lane);
+    of_warp.store(memory.softmax(warp), memory.sums(warp), memory.row_stride, num_steps, lane);
     __syncthreads();
-
-    Softmax of_split = {-INFINITY, 0.0f};
-    Factors factors[P::kWarps];
-    for (int w = 0; w < P::kWarps; ++w) {
-      factors[w] = merge(of_split, memory.softmax(shared, w)[query]);
-    }
-    const Factors both = merge(all, of_split);
-    for (int dim = first_dim; dim < width; dim += P::kQueryThreads * 4) {
-      float4 sums = {};
-      for (int w = 0; w < P::kWarps; ++w) {
-        const float* row = memory.sums(shared, w) + query * memory.row_stride;
-        sums = merge(sums, *reinterpret_cast<const float4*>(row + dim), factors[w]);
-      }
-      auto* before = reinterpret_cast<float4*>(merged + dim);
-      *before = merge(*before, sums, both);
-    }
-    if (gridDim.z == 1) __syncthreads();  // all sums are read
+    merge_split(memory, query, first_dim, all, merged);
+    __syncthreads();  // all sums are read
   }
 
-  if (!is_query) return;
+  if (query >= tile.num_rows * p.heads) return;
   const int row = tile.first_row + query / p.heads, head = first_head + query % p.heads;
-  float* state = nullptr;
   uint16_t* out = p.args.out + row * p.args.stride + head * D;
-  if (gridDim.z > 1) {
-    // results of a query's splits stand in a ring, where its first one may be any
-    split -= static_cast<int>(gridDim.z);
-    const int64_t index = (int64_t{row} * p.shape.n_head + head) * p.num_splits;
-    state = p.args.scratch + (index + split % p.num_splits) * state_floats(num_steps);
-    if (first_dim == 0) *reinterpret_cast<Softmax*>(state) = all;
-  }
+  // results of a query's splits stand in a ring, where its first one may be any
+  const int64_t index = (int64_t{row} * p.shape.n_head + head) * p.num_splits;
+  float* state = p.args.scratch + (index + first_split % p.num_splits) * state_floats(num_steps);
   for (int dim = first_dim; dim < width; dim += P::kQueryThreads * 4) {
     const float4 sums = *reinterpret_cast<const float4*>(merged + dim);
-    if (state) {
-      *reinterpret_cast<float4*>(state + 4 + dim) = sums;
-    } else {
+    if (p.num_splits == 1) {
       store_out(out, sums, all.total, dim, D);
+    } else {
+      *reinterpret_cast<float4*>(state + 4 + dim) = sums;
     }
   }
+  if (p.num_splits > 1 && first_dim == 0) *reinterpret_cast<Softmax*>(state) = all;
 }
 
 constexpr int kMergeWarps = 4;
@@ -412,8 +439,8 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const Params p)
   const int head = static_cast<int>(item % p.shape.n_head);
   if (row >= p.rows.num_rows) return;
   const int D = p.shape.head_dim, num_steps = num_steps_of(D);
-  const int position = p.rows.positions[row], window = p.args.sliding_window;
-  const int first_key = window ? max(0, position + 1 - window) : 0;
+  const int position = p.rows.positions[row];
+  const int first_key = first_seen(position, p.args.sliding_window);
   const float* states = p.args.scratch + item * p.num_splits * state_floats(num_steps);
   for (int dim = lane * 4; dim < num_steps * kStepDims; dim += 128) {
     Softmax all = {-INFINITY, 0.0f};
@@ -444,7 +471,8 @@ int64_t scratch_floats(const HeadShape& shape, int num_rows, int num_splits) {
 template <int kSteps, KvKind kKind>
 void launch(const Params& p, cudaStream_t stream) {
   const int num_steps = num_steps_of(p.shape.head_dim);
-  const int bytes = SharedMemory<kSteps>(kv_head_bytes<kKind>(num_steps), num_steps).bytes();
+  const int head_bytes = kv_head_bytes<kKind>(num_steps);
+  const int bytes = SharedMemory<kSteps>(nullptr, num_steps, head_bytes).bytes();
   const auto kernel = attend_kernel<kSteps, kKind>;
   allow_shared_memory(kernel, "attention_decode", bytes);
   const dim3 grid(p.args.num_tiles, p.shape.n_kv_head * p.turns, p.num_splits);

@@ -162,13 +162,14 @@ __device__ const uint32_t* mark(uint32_t* bits, const int64_t* tokens, int64_t l
   return bits;
 }
 
-// The tokens of values from `least` on, in any order, and how many.
-__device__ int collect(const Row& row, float least, int32_t* list) {
+// The tokens for which is_in(token, value), in any order, and how many.
+template <class IsIn>
+__device__ int collect(const Row& row, const IsIn& is_in, int32_t* list) {
   __shared__ int length;
   if (threadIdx.x == 0) length = 0;
   __syncthreads();
   row.for_each([&](int token, float value) {
-    if (value >= least) list[atomicAdd(&length, 1)] = token;
+    if (is_in(token, value)) list[atomicAdd(&length, 1)] = token;
   });
   __syncthreads();
   const int collected = length;
@@ -201,43 +202,69 @@ __device__ float from_order_key(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
-// The k-th largest value, 0 < k <= count: by its digits, from the highest on.
-__device__ float kth_largest(const Row& row, int k, int32_t* list) {
+// The k-th largest of some keys, and how many of those that are equal to it are among the k
+// largest.
+struct Kth {
+  uint32_t key;
+  int rank;
+};
+
+// Of key(i) for i < length where is_in(i): digit by digit, from the highest on.
+template <class Key, class IsIn>
+__device__ Kth kth_key(int length, int k, const Key& key, const IsIn& is_in) {
+  __shared__ int bins[kBins];
+  __shared__ Kth found;  // its digits so far
+  const int thread = static_cast<int>(threadIdx.x);
+  Kth kth = {0, k};
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    if (thread < kBins) bins[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < length; i += kThreads) {
+      if (!is_in(i)) continue;
+      const uint64_t digits = uint64_t{key(i)} >> shift;
+      if (digits / kBins == kth.key) atomicAdd(bins + digits % kBins, 1);
+    }
+    __syncthreads();
+    if (thread < kBins) {
+      int above = 0;
+      for (int bin = 0; bin < kBins; ++bin) above += bin > thread ? bins[bin] : 0;
+      if (above < kth.rank && kth.rank <= above + bins[thread]) {
+        found = {kth.key * kBins + thread, kth.rank - above};
+      }
+    }
+    __syncthreads();
+    kth = found;
+    __syncthreads();
+  }
+  return kth;
+}
+
+// The k largest values, of equals the first tokens, 0 < k <= count: those above `value`, and those
+// equal to it up to `last_token`.
+struct Largest {
+  float value;
+  int last_token;
+
+  __device__ bool has(int token, float v) const {
+    return v > value || (v == value && token <= last_token);
+  }
+};
+__device__ Largest k_largest(const Row& row, int k, int32_t* list) {
   float least = -INFINITY;
   if (k <= kThreads) {  // then at least k values reach the k-th largest of the threads' own
     float own = -INFINITY;
     row.for_each([&](int, float value) { own = fmaxf(own, value); });
     least = kth_of_threads(own, k);
   }
-  const int length = collect(row, least, list);
-  __shared__ int bins[kBins];
-  __shared__ int digit, rank;
-  const int thread = static_cast<int>(threadIdx.x);
-  uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    if (thread < kBins) bins[thread] = 0;
-    __syncthreads();
-    for (int i = thread; i < length; i += kThreads) {
-      const uint32_t key = order_key(row.value(list[i]));
-      if (shift == 24 || key >> (shift + 8) == prefix) {
-        atomicAdd(bins + (key >> shift) % kBins, 1);
-      }
-    }
-    __syncthreads();
-    if (thread < kBins) {
-      int above = 0;
-      for (int bin = 0; bin < kBins; ++bin) above += bin > thread ? bins[bin] : 0;
-      if (above < k && k <= above + bins[thread]) {
-        digit = thread;
-        rank = k - above;
-      }
-    }
-    __syncthreads();
-    prefix = prefix << 8 | static_cast<uint32_t>(digit);
-    k = rank;
-    __syncthreads();
-  }
-  return from_order_key(prefix);
+  const int length = collect(row, [&](int, float value) { return value >= least; }, list);
+  const auto value = [&](int i) { return row.value(list[i]) + 0.0f; };  // -0 is equal to 0
+  const Kth kth =
+      kth_key(length, k, [&](int i) { return order_key(value(i)); }, [](int) { return true; });
+  const float kth_value = from_order_key(kth.key);
+  const Kth token = kth_key(
+      length, kth.rank, [&](int i) { return ~static_cast<uint32_t>(list[i]); },
+      [&](int i) { return value(i) == kth_value; });
+  return {kth_value, static_cast<int>(~token.key)};
 }
 
 // What is drawn from, once greedy draws are done: the values from `kth` on, over the temperature.
@@ -333,7 +360,7 @@ __device__ int draw_token(const Row& row, const DrawSettings& s, const Candidate
       s.sample_index,
       s.position,
       best,
-      has_top_k ? kth_largest(row, static_cast<int>(s.top_k), list) : -INFINITY,
+      has_top_k ? k_largest(row, static_cast<int>(s.top_k), list).value : -INFINITY,
       best.value / s.temperature + log(s.min_p)};
   const double total = s.top_p < 1 ? distribution.weight_above<float>(-INFINITY) : 0;
   float bound = -INFINITY;
@@ -345,27 +372,25 @@ __device__ int draw_token(const Row& row, const DrawSettings& s, const Candidate
   }
 }
 
-// The most probable tokens, of equals the first ones: each finds its place among those that reach
-// the last of them.
+// The most probable tokens, of equals the first ones; each counts those before it.
 __device__ void top_logprobs(const Row& row, const DrawSettings& s, double normalizer,
                              int32_t* list) {
   const int count = static_cast<int>(min(s.num_logprobs, int64_t{row.count}));
-  const float kth = kth_largest(row, count, list);
-  const int length = collect(row, kth, list);
-  for (int i = static_cast<int>(threadIdx.x); i < length; i += kThreads) {
+  const Largest largest = k_largest(row, count, list);
+  collect(row, [&](int token, float logit) { return largest.has(token, logit); }, list);
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const float logit = row.logits[list[i]];
     int before = 0;
-    for (int j = 0; j < length; ++j) {
+    for (int j = 0; j < count; ++j) {
       const float other = row.logits[list[j]];
       before += other > logit || (other == logit && list[j] < list[i]);
     }
-    if (before >= count) continue;
     s.top_tokens[before] = list[i];
     s.top_logprobs[before] = logit - normalizer;
   }
 }
 
-bool __device__ is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+__device__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 __device__ float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 

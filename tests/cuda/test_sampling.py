@@ -93,10 +93,10 @@ def check(logits: Tensor, rows: Sequence[RowSampling]) -> None:
 
 @pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("kind", ["normal", "peaked", "ties", "equal"])
-@pytest.mark.parametrize("vocab_size", [1, 2, 5, 33, 1003, 4600])
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 33, 1003, 2100])
 def test_draws_are_those_of_the_reference(vocab_size, kind):
     rng = np.random.default_rng([vocab_size, len(kind)])
-    num_rows = 60 if vocab_size < 1000 else 15
+    num_rows = 60 if vocab_size < 1000 else 12
     logits = rng.standard_normal((num_rows, vocab_size), np.float32) * 3
     if kind == "peaked":
         logits[np.arange(num_rows), rng.integers(vocab_size, size=num_rows)] += 30

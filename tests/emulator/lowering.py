@@ -286,6 +286,8 @@ class _Lowering:
         for modifier in modifiers:
             if modifier.partition("::")[0] in SPACES:
                 space = modifier.partition("::")[0]
+            elif modifier == "const":
+                space = "global"  # its variables lie there
             elif modifier in ORDERS:
                 order |= ORDERS[modifier]
             elif modifier not in ("v2", "v4", "v8"):

@@ -101,7 +101,7 @@ void launch(Function& function, dim3 grid, dim3 block, void** args, size_t dynam
             cudaStream_t stream, bool is_cooperative) {
   const Kernel& kernel = load(function);
   const auto refuse = [&](cudaError_t code, const std::string& reason) {
-    throw Refused(code, "launch of " + function.name + ": " + reason);
+    throw Refused(code, "launch of " + kernel.program->name + ": " + reason);
   };
   const simt::Dim3 g{grid.x, grid.y, grid.z}, b{block.x, block.y, block.z};
   if (!g.count() || g.x > 0x7FFFFFFF || g.y > 0xFFFF || g.z > 0xFFFF)
@@ -137,34 +137,12 @@ void launch(Function& function, dim3 grid, dim3 block, void** args, size_t dynam
   });
 }
 
-// Launches by <<<>>> drop the error: it must be asked for.
-cudaError_t launched(cudaError_t error) {
-  if (error) errors.is_unseen = true;
-  return error;
-}
-
 struct Configuration {
   dim3 grid, block;
   size_t dynamic_bytes;
   void* stream;
 };
 thread_local Configuration configuration;
-
-cudaError_t launch_config(const cudaLaunchConfig_t* config, const void* stub, void** args) {
-  return launched(api([&] {
-    bool is_cooperative = false;
-    for (unsigned i = 0; i < config->numAttrs; ++i) {
-      const cudaLaunchAttribute& attribute = config->attrs[i];
-      if (attribute.id == cudaLaunchAttributeCooperative)
-        is_cooperative = attribute.val.cooperative;
-      if (attribute.id == cudaLaunchAttributeClusterDimension)
-        throw Refused(cudaErrorNotSupported,
-                      "cudaLaunchKernelExC: the emulated device has no clusters");
-    }
-    launch(find(stub, "cudaLaunchKernelExC"), config->gridDim, config->blockDim, args,
-           config->dynamicSmemBytes, config->stream, is_cooperative);
-  }));
-}
 
 }  // namespace
 
@@ -213,9 +191,11 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
 }
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** args,
                              size_t dynamic_bytes, cudaStream_t stream) {
-  return launched(api([&] {
+  const cudaError_t error = api([&] {
     launch(find(stub, "cudaLaunchKernel"), grid, block, args, dynamic_bytes, stream, false);
-  }));
+  });
+  errors.is_unseen |= error != cudaSuccess;  // <<<>>> drops it: it must be asked for
+  return error;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args,
                                size_t dynamic_bytes, cudaStream_t stream) {
@@ -224,13 +204,25 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 cudaError_t cudaLaunchCooperativeKernel(const void* stub, dim3 grid, dim3 block, void** args,
                                         size_t dynamic_bytes, cudaStream_t stream) {
-  return launched(api([&] {
+  return api([&] {
     launch(find(stub, "cudaLaunchCooperativeKernel"), grid, block, args, dynamic_bytes, stream,
            true);
-  }));
+  });
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** args) {
-  return launch_config(config, stub, args);
+  return api([&] {
+    bool is_cooperative = false;
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+      const cudaLaunchAttribute& attribute = config->attrs[i];
+      if (attribute.id == cudaLaunchAttributeCooperative)
+        is_cooperative = attribute.val.cooperative;
+      if (attribute.id == cudaLaunchAttributeClusterDimension)
+        throw Refused(cudaErrorNotSupported,
+                      "cudaLaunchKernelExC: the emulated device has no clusters");
+    }
+    launch(find(stub, "cudaLaunchKernelExC"), config->gridDim, config->blockDim, args,
+           config->dynamicSmemBytes, config->stream, is_cooperative);
+  });
 }
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {

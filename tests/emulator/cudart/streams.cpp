@@ -145,7 +145,7 @@ void wait_for(Stream& stream, Event& event, const char* caller) {
                     std::string(caller) + ": two captures would become one");
     if (!stream.capture) {  // it takes part in the capture from now on
       stream.capture = event.capture;
-      stream.num_captured = 0;
+      stream.num_captured = stream.num_joined = 0;
     }
     if (event.num_captured == event.stream->num_captured)
       event.stream->num_joined = event.num_captured;

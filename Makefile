@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # a test process for each core, at most 8
 PARALLEL := -n auto --maxprocesses 8
 
-.PHONY: help demo test test-full kernels-check sanitize build bench lint format types clean
+.PHONY: help demo test test-full kernels-check gpu-check sanitize build bench lint format types clean
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -32,6 +32,12 @@ test-full: build ## and the GPU kernels in all configurations, dtypes and orders
 
 kernels-check: build  ## compile the GPU kernels for four GPUs, compare with kernels/contract.json; no GPU needed
 	@$(BIN)/leangpt kernels check
+
+gpu-check: build ## on a GPU: run its tests, benchmark decoding, write a page into benchmarks/gpu/
+	@reason=$$($(BIN)/python -c "from leangpt.kernels import decode; print(decode.cuda_obstacle() or '')"); \
+	if [ -n "$$reason" ]; then echo "leangpt: nothing to check: $$reason"; else \
+	    $(BIN)/python -m pytest -q -m "full or not full" tests/gpu tests/cuda && \
+	    $(BIN)/python benchmarks/bench_gpu_decode.py --page benchmarks/gpu; fi
 
 ISAS := portable avx2 avx512 avx512_bf16
 
@@ -51,16 +57,18 @@ bench: build     ## check every op against float64, then time it (under three mi
 
 build: $(VENV)/built  ## compile csrc/, what has changed of it
 
+CPP := $(shell find csrc tests/native tests/emulator tests/cuda -regex '.*\.\(cpp\|h\|cu\|cuh\)')
+
 lint: build types  ## ruff, mypy, clang-format: checks only
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/native tests/emulator -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: build    ## rewrite the sources as lint wants them
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
-	$(BIN)/clang-format -i $$(find csrc tests/native tests/emulator -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(CPP)
 
 types:           ## show type checkers the import name: .types/leangpt -> engine, kernels
 	@rm -rf .types && mkdir -p .types/leangpt

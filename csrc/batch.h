@@ -22,7 +22,7 @@ struct Row {
   Sequence* sequence;
   int64_t position;
   int64_t place;  // in the cache: the position, behind the prefix
-  bool is_last;  // of its sequence in this batch
+  bool is_last;   // of its sequence in this batch
 };
 
 // Check a batch, and only then give its sequences their pages: its rows, and the pages to copy

@@ -3,10 +3,13 @@
 import gc
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from emulator import cuda as emulated_cuda
+
+from leangpt.kernels import decode
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +38,22 @@ def cuda(_nvcc: None) -> Iterator[ModuleType]:
     emulated_cuda.reset()
     assert fault is None, fault
     assert not leaks, f"not freed: {leaks}"
+
+
+CSRC = Path(__file__).parents[2] / "csrc"
+ENGINE = [
+    *(CSRC / name for name in ("engine_cuda.cpp", "batch.cpp", "kv_blocks.cpp")),
+    *sorted((CSRC / "cuda").glob("*.cpp")),
+    *sorted((CSRC / "cuda").glob("*.cu")),
+]
+
+
+@pytest.fixture
+def emulated(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA decode engine is one that runs in the emulator."""
+    library = cuda.library("engine_cuda", ENGINE)
+    decode.declare_cuda(library)
+    monkeypatch.setattr(decode, "cuda_library", lambda: library)
 
 
 SCHEDULES = {

@@ -145,6 +145,21 @@ def test_hidden_and_logprobs(base, decoder):
     assert_close(out, logprobs[torch.arange(20), targets])
 
 
+def test_matrices_that_lost_all_their_ranks(base, decoder, tmp_path):
+    trained = adapt(base, "adalora")
+    with torch.no_grad():
+        for name, singular in trained.trainable_parameters().items():
+            if name.endswith("singular"):
+                trained.is_kept[name.removesuffix(".delta.singular")][:] = ".1." in name
+                singular.mul_(".1." in name)
+    trained.save(tmp_path)
+    loaded = methods.load(tmp_path, copy.deepcopy(base))
+    text = text_of(20)
+    expected = logits_of(trained.model, text)
+    assert_close(logits_of(loaded.model, text).numpy(), expected)
+    assert_close(append(decoder, (add(decoder, loaded), 0, text)), expected)
+
+
 def test_a_prefix_takes_no_positions(base, decoder):
     """A sequence with a prefix holds as many tokens as one without."""
     adapted = adapt(base, "long_prefix")

@@ -72,8 +72,9 @@ class AdaptedSingularProducts(AdaptedProducts):
             self._update_importance()
         is_due = first < self.step < last and self.step % self.method.interval == 0
         if is_due or self.step == last:
-            self._allocate(self.method.budget(self.step, self.max_steps, len(self.is_kept)))
-        if self.step >= last:
+            budget = self.method.budget(self.step, self.max_steps, len(self.is_kept))
+            self.is_kept = self._most_important(budget)
+        if is_due or self.step >= last:
             for name, delta in self._products():
                 delta.singular.mul_(self.is_kept[name])
 
@@ -104,16 +105,14 @@ class AdaptedSingularProducts(AdaptedProducts):
             for name, _ in self._products()
         }
 
-    def _allocate(self, budget: int) -> None:
-        """Keep the singular values of the `budget` most important triplets; set all others to zero."""
+    def _most_important(self, budget: int) -> dict[str, Tensor]:
+        """Whether a triplet is among the `budget` most important ones of all matrices, `(r,)` bool by matrix."""
         importance = self.importance()
         order = torch.cat(list(importance.values())).argsort(descending=True, stable=True)
         is_kept = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         is_kept[order[:budget]] = True
         parts = is_kept.split([len(scores) for scores in importance.values()])
-        self.is_kept = dict(zip(importance, parts, strict=True))
-        for name, delta in self._products():
-            delta.singular.mul_(self.is_kept[name])
+        return dict(zip(importance, parts, strict=True))
 
     def ranks(self) -> dict[str, int]:
         """Of each matrix, the triplets that it has now."""

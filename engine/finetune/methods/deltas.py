@@ -60,8 +60,19 @@ class SingularLowRank(LowRank):
         nn.init.normal_(self.down, std=0.02)
         nn.init.normal_(self.up, std=0.02)
 
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        if not len(self.singular):  # it lost all its rank
+            return out
+        return super().forward(x, out)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up * (self.scale * self.singular)
+
+    def exported(self) -> adapter.LowRank:
+        """Without the triplets whose singular value is zero."""
+        down, up = self.factors()
+        kept = self.singular != 0
+        return adapter.LowRank(_array(down[kept]), _array(up[:, kept]))
 
     def keep_first(self, rank: int) -> None:
         """Drop all triplets but the first."""

@@ -26,7 +26,8 @@ class AdaptedProducts(Adapted):
         return {name: m.delta for name, m in named if isinstance(m.delta, LowRank)}
 
     def additions(self) -> tuple[Prefix | None, Adapter | None]:
-        return None, Adapter({name: delta.exported() for name, delta in self.deltas().items()})
+        exported = {name: delta.exported() for name, delta in self.deltas().items()}
+        return None, Adapter({name: delta for name, delta in exported.items() if len(delta.down)})
 
     @torch.no_grad()
     def merge(self) -> GPT:

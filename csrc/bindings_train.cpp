@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/buffer.h"
 #include "train/attention.h"
 #include "train/gemm.h"
 #include "train/norm.h"
@@ -59,6 +60,13 @@ Tensor empty_of(at::IntArrayRef shape, const Tensor& like, at::ScalarType dtype)
 Tensor empty_of(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
 
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+// Memory that is kept from call to call, as it is needed only within one: no page of it has to be
+// fetched again, and one is enough for all layers.
+Tensor scratch_like(const Tensor& x, int which) {
+  static thread_local std::array<cpu::Buffer<uint8_t>, 2> buffers;
+  return at::from_blob(buffers[which].get(x.nbytes()), x.sizes(), x.options());
+}
 
 Activation activation_of(c10::string_view name) {
   if (name == "gelu_tanh") return Activation::kGeluTanh;
@@ -117,7 +125,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w_in, const option
                                at::ScalarType compute) {
   const Tensor rows = as_rows(x), in = w_in.contiguous(), out = w_out.contiguous();
   const Tensor bias_in = as_floats(b_in), bias_out = as_floats(b_out);
-  Tensor h = empty_of({rows.size(0), in.size(0)}, x, compute), a = empty_of(h);
+  Tensor h = empty_of({rows.size(0), in.size(0)}, x, compute);
+  const Tensor a = scratch_like(h, 0);
   Epilogue inner;
   inner.activation = activation_of(activation);
   inner.activated = a.mutable_data_ptr();
@@ -145,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   const Tensor in = w_in.contiguous(), out = w_out.contiguous();
   Tensor dx = nothing(x), dw_in = nothing(in), db_in = nothing(in);
   Tensor dw_out = nothing(out), db_out = nothing(out);
-  Tensor dh = empty_of(h), a = empty_of(h);
+  const Tensor dh = scratch_like(h, 0), a = scratch_like(h, 1);
   Epilogue inner;
   inner.activation = activation_of(activation);
   inner.inner = h.const_data_ptr();

@@ -59,8 +59,6 @@ struct HeadAttention {
   const int64_t padded_keys = panels_of(S) * kPanel, head_steps = steps_of<Format>(D);
   const int64_t padded_dim = panels_of(D) * kPanel;
 
-  static constexpr int64_t kScratchTail = kLanes;
-
   // As panels for q k^T: keys are columns.
   float* pack_tokens(const Operand& x, Arena& arena) const {
     float* packed = arena.take(padded_keys * head_steps);
@@ -139,7 +137,7 @@ struct HeadAttention {
     Arena arena = {scratch};
     float* keys_packed = pack_tokens(head_of(a.k, a.dtype, a.k_strides, sequence, kv_head), arena);
     float* values = arena.take(padded_dim * steps_of<Format>(S));
-    float* query_rows = arena.take(kBlockQueries * head_steps + kScratchTail);
+    float* query_rows = arena.take(kBlockQueries * head_steps);
     float* scores = arena.take(kBlockQueries * padded_keys);
     auto* weights = reinterpret_cast<Element*>(arena.take(kBlockQueries * padded_keys));
     float* sums = arena.take(kBlockQueries * padded_dim);
@@ -206,14 +204,14 @@ struct HeadAttention {
     const float* key_columns = pack_tokens(k, arena);
     const float* value_columns = pack_tokens(v, arena);
     float* key_elements = arena.take(padded_dim * steps_of<Format>(S));
-    float* block_rows = arena.take(kBlockQueries * head_steps + kScratchTail);
+    float* block_rows = arena.take(kBlockQueries * head_steps);
     float* block_elements = arena.take(padded_dim * steps_of<Format>(kBlockQueries));
     float* scores = arena.take(kBlockQueries * padded_keys);
     float* dweights = arena.take(kBlockQueries * padded_keys);
     auto* weights = reinterpret_cast<Element*>(arena.take(kBlockQueries * padded_keys));
     auto* dscores = reinterpret_cast<Element*>(arena.take(kBlockQueries * padded_keys));
     const int64_t key_rows = round_up(padded_keys, kTileRows);
-    float* transposed = arena.take(key_rows * steps_of<Format>(kBlockQueries) + kScratchTail);
+    float* transposed = arena.take(key_rows * (steps_of<Format>(kBlockQueries) + kLanes));
     float* dq = arena.take(kBlockQueries * padded_dim);
     float* dk = arena.take(key_rows * padded_dim);
     float* dv = arena.take(key_rows * padded_dim);

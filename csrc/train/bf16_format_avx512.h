@@ -1,4 +1,8 @@
-// Products of bf16 with float32 sums, two inputs a unit, on CPUs that have them.
+// Rounding to bf16, and products of bf16 with float32 sums, two inputs a unit, on CPUs that have them.
+static inline void store_elements(uint16_t* p, Vec v) {  // to nearest, even; no subnormal numbers
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v.v));
+}
+
 struct Bf16Format {
   using Element = uint16_t;
   static constexpr int kInputs = 2;

@@ -6,12 +6,11 @@
 constexpr int kTileVecs = tile_vecs(kTileRows);
 constexpr int kPanel = kTileVecs * kLanes;
 // Of a panel, 256 steps are 64 KB, which stay in the L2 cache.
-constexpr int64_t kBlockSteps = 256;
+constexpr int kBlockSteps = 256;
 
 static inline Vec load_elements(const float* p) { return load(p); }
 static inline Vec load_elements(const uint16_t* p) { return load_bf16(p); }
 static inline void store_elements(float* p, Vec v) { store(p, v); }
-static inline void store_elements(uint16_t* p, Vec v) { store_bf16(p, v); }
 
 // The first n elements, zeros behind them.
 template <class T>
@@ -61,21 +60,26 @@ constexpr int64_t steps_of(int64_t inputs) {
   return (inputs + Format::kInputs - 1) / Format::kInputs;
 }
 
-// Rows `first` and on of x, whose rows are adjacent in memory (row_stride 1), as [step][kWidth]
-// units. Whole Vecs are written: what is behind a step is written again by the next one, or is
-// padding.
+// Strips of `width` rows from `first` on of x, whose rows are adjacent in memory (row_stride 1), each as
+// [step][width] units at `strip_stride`. Whole Vecs are written: what is behind a step is written again
+// by the next one, or is padding.
 template <class Format, class T>
-static void pack_adjacent(const T* x, int64_t column_stride, int64_t first, int64_t extent,
-                          int64_t inputs, int width, float* out) {
+static void pack_adjacent(const T* x, int64_t column_stride, int64_t first, int64_t count,
+                          int64_t extent, int64_t inputs, int width, int64_t strip_stride,
+                          float* out) {
   const int64_t steps = steps_of<Format>(inputs);
   for (int64_t step = 0; step < steps; ++step) {
-    const T* even = x + step * Format::kInputs * column_stride + first;
+    const T* even = x + step * Format::kInputs * column_stride;
     const bool has_odd = Format::kInputs == 2 && step * 2 + 1 < inputs;
-    for (int v = 0; v < width; v += kLanes) {
-      const int64_t left = extent - first - v;
-      const Vec a = left > 0 ? load_first(even + v, left) : zero();
-      const Vec b = has_odd && left > 0 ? load_first(even + column_stride + v, left) : zero();
-      store(out + step * width + v, Format::unit(a, b));
+    float* at = out + step * width;
+    for (int64_t row = first; row < first + count; row += width, at += strip_stride) {
+      for (int v = 0; v < width; v += kLanes) {
+        const int64_t left = extent - row - v;
+        if (left <= 0) break;
+        const Vec a = load_first(even + row + v, left);
+        const Vec b = has_odd ? load_first(even + column_stride + row + v, left) : zero();
+        store(at + v, Format::unit(a, b));
+      }
     }
   }
 }
@@ -96,7 +100,7 @@ template <class Format, class T>
 static void pack_panel_of(const T* x, const Operand& layout, int64_t first, int64_t extent,
                           int64_t inputs, float* panel) {
   if (layout.row_stride == 1) {
-    pack_adjacent<Format>(x, layout.column_stride, first, extent, inputs, kPanel, panel);
+    pack_adjacent<Format>(x, layout.column_stride, first, kPanel, extent, inputs, kPanel, 0, panel);
     return;
   }
   // transposed in blocks of 16 rows and 16 steps
@@ -137,12 +141,11 @@ template <class Format, class T>
 static Rows pack_rows_of(const T* x, const Operand& layout, int64_t first, int64_t count,
                          int64_t extent, int64_t inputs, float* scratch) {
   const int64_t steps = steps_of<Format>(inputs), padded = round_up(count, kTileRows);
-  if (layout.column_stride != 1) {  // a tile is [step][kTileRows] units
-    for (int64_t r = 0; r < count; r += kTileRows) {
-      pack_adjacent<Format>(x, layout.column_stride, first + r, extent, inputs, kTileRows,
-                            scratch + r * steps);
-    }
-    return {scratch, 1, kTileRows, kTileRows * steps};
+  if (layout.column_stride != 1) {  // a tile is [step][kTileRows] units, and a Vec of padding
+    const int64_t tile_stride = kTileRows * steps + kLanes;
+    pack_adjacent<Format>(x, layout.column_stride, first, count, extent, inputs, kTileRows,
+                          tile_stride, scratch);
+    return {scratch, 1, kTileRows, tile_stride};
   }
   constexpr bool is_as_multiplied = std::is_same<T, typename Format::Element>::value;
   if (is_as_multiplied && count == padded && inputs % Format::kInputs == 0 &&
@@ -285,16 +288,26 @@ static void sum_rows(const void* x, Dtype dtype, int64_t rows, int64_t n, int64_
   with_type(dtype, [&](auto type) {
     const auto* elements = static_cast<const decltype(type)*>(x) + first_column;
     constexpr int64_t kBlockRows = 64;  // short sums, so that they lose little
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      Vec total = zero();
+    constexpr int kVecs = 8;            // of a row at a time: whole cache lines
+    for (int64_t c = 0; c < columns; c += kVecs * kLanes) {
+      Vec totals[kVecs];
+      for (Vec& total : totals) total = zero();
       for (int64_t first = 0; first < rows; first += kBlockRows) {
-        Vec sum = zero();
+        Vec sums[kVecs];
+        for (Vec& sum : sums) sum = zero();
         for (int64_t r = first; r < rows && r < first + kBlockRows; ++r) {
-          sum = sum + load_first(elements + r * n + c, columns - c);
+          for (int v = 0; v < kVecs; ++v) {
+            const int64_t column = c + v * kLanes;
+            if (column >= columns) break;
+            sums[v] = sums[v] + load_first(elements + r * n + column, columns - column);
+          }
         }
-        total = total + sum;
+        for (int v = 0; v < kVecs; ++v) totals[v] = totals[v] + sums[v];
       }
-      store_first_elements(out + first_column + c, total, columns - c);
+      for (int v = 0; v < kVecs && c + v * kLanes < columns; ++v) {
+        const int64_t column = c + v * kLanes;
+        store_first_elements(out + first_column + column, totals[v], columns - column);
+      }
     }
   });
 }

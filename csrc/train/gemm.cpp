@@ -35,17 +35,25 @@ void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, D
   const int64_t wanted = round_up((m + kMaxBlockRows - 1) / kMaxBlockRows, threads);
   const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
+  // sums of inputs that need more than one pass over a panel's block stay with the whole block of rows
+  const int64_t group_rows = units <= kernel.block_steps ? tile_rows : block_rows;
   parallel_for(blocks, [&](int64_t begin, int64_t end) {
     static thread_local Buffer<float> row_buffer, tile_buffer;
-    float* scratch = row_buffer.get(block_rows * units + kLanes);
-    float* tile = tile_buffer.get(block_rows * width);
+    float* scratch = row_buffer.get(block_rows * (units + kLanes));
+    float* tile = tile_buffer.get(group_rows * width);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * block_rows, count = std::min(block_rows, m - row);
       const Rows rows = kernel.pack_rows(a, compute, row, count, m, k, scratch);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = p * width, left = std::min(width, n - column);
-        kernel.multiply(rows, packed + p * units * width, compute, count, left, k, tile);
-        kernel.finish(tile, row, count, column, left, epilogue);
+        const float* panel = packed + p * units * width;
+        for (int64_t r = 0; r < count; r += group_rows) {
+          Rows group = rows;
+          group.units += r / tile_rows * rows.tile_stride;
+          const int64_t group_count = std::min(group_rows, count - r);
+          kernel.multiply(group, panel, compute, group_count, left, k, tile);
+          kernel.finish(tile, row + r, group_count, column, left, epilogue);
+        }
       }
     }
   });

@@ -10,7 +10,12 @@
 // clang-format on
 
 const Kernels kTable = {
-    kTileRows,          kPanel,       units,         pack_panel,        pack_rows,
-    multiply,           finish,       sum_rows,      attention_scratch, attention_forward,
-    attention_backward, norm_forward, norm_backward, cross_entropy,
+    kTileRows,         kPanel,
+    kBlockSteps,       units,
+    pack_panel,        pack_rows,
+    multiply,          finish,
+    sum_rows,          attention_scratch,
+    attention_forward, attention_backward,
+    norm_forward,      norm_backward,
+    cross_entropy,
 };

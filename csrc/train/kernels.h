@@ -88,6 +88,7 @@ struct CrossEntropy {
 struct Kernels {
   int tile_rows;    // rows of a product are computed in such tiles
   int panel_width;  // columns likewise
+  int block_steps;  // steps that are summed at once
   // Units of one row or column of a product with so many inputs.
   int64_t (*units)(int64_t inputs, Dtype compute);
 
@@ -96,7 +97,7 @@ struct Kernels {
   void (*pack_panel)(const Operand& x, Dtype compute, int64_t first, int64_t extent, int64_t inputs,
                      float* panel);
   // Rows [first, first + count) of x as the left operand, in `scratch` or where they are; it has
-  // room for the units of round_up(count, tile_rows) rows and 16 more.
+  // room for the units of round_up(count, tile_rows) rows and 16 more for each tile.
   Rows (*pack_rows)(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
                     int64_t inputs, float* scratch);
   // out (round_up(rows, tile_rows), panel_width) = the rows times a panel.

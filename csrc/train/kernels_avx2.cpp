@@ -22,7 +22,8 @@ namespace leangpt::train::avx2 {
 #include "../cpu/vec_avx2.h"
 #include "fp32_format.h"
 #include "transpose_portable.h"
-using Bf16Format = Fp32Format;  // products of bf16 are exact in float32
+//
+#include "bf16_format_portable.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::avx2

@@ -23,7 +23,8 @@ namespace leangpt::train::avx512 {
 #include "../cpu/vec_avx512.h"
 #include "fp32_format.h"
 #include "transpose_avx512.h"
-using Bf16Format = Fp32Format;  // products of bf16 are exact in float32
+//
+#include "bf16_format_portable.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::avx512

@@ -190,7 +190,7 @@ def by_name(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> 
     return found
 
 
-def to_json(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> str:
+def to_json(rows: Sequence[Row], cuda_kernels: Sequence[cuda_report.Kernel] = ()) -> str:
     documents = [
         {
             **dataclasses.asdict(row.work),
@@ -204,7 +204,7 @@ def to_json(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> 
     ]
     cuda = [
         {"source": kernel.source, "kernel": kernel.function, "arch": kernel.arch, **kernel.figures}
-        for kernel in kernels
+        for kernel in cuda_kernels
     ]
     document = {"versions": all_versions(), "rows": documents, "cuda": cuda}
     return json.dumps(document, indent=1, default=str)
@@ -214,7 +214,7 @@ def _predicted_bound(work: Work, arch: str) -> str:
     return predicted_bound(work.flops, work.num_bytes, CHIPS[arch])
 
 
-def to_text(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> str:
+def to_text(rows: Sequence[Row], cuda_kernels: Sequence[cuda_report.Kernel] = ()) -> str:
     """A paragraph for each direction of each op, and in it one for each kernel, with a line an architecture; then CUDA's."""
     programs = ", ".join(f"{name} {version}" for name, version in all_versions().items())
     lines = [
@@ -232,17 +232,17 @@ def to_text(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> 
         for kernel, rows_of_kernel in kernels.items():
             lines.append(f"  {kernel}: {_configuration_in_words(rows_of_kernel[0])}")
             lines += [f"    {_figures_in_words(row)}" for row in rows_of_kernel]
-    if kernels:
+    if cuda_kernels:
         lines += [
             "",
             "CUDA kernels of the decode step; shared memory is what is not asked for at a launch",
         ]
     instances: dict[str, list[cuda_report.Kernel]] = {}
-    for kernel in kernels:
+    for kernel in cuda_kernels:
         instances.setdefault(f"{kernel.source} {kernel.function}", []).append(kernel)
-    for name, found in instances.items():
-        lines.append(f"  {name}: warps={found[0].figures['num_warps']}")
-        lines += [f"    {_figures_in_words(kernel)}" for kernel in found]
+    for name, on_archs in instances.items():
+        lines.append(f"  {name}: warps={on_archs[0].figures['num_warps']}")
+        lines += [f"    {_figures_in_words(kernel)}" for kernel in on_archs]
     return "\n".join(lines)
 
 

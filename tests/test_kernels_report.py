@@ -1,6 +1,7 @@
 """`leangpt kernels`: what compiled kernels are said to be, and that a worse one is noticed."""
 
 import json
+import re
 import sys
 from types import MappingProxyType
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from leangpt import cli, kernel_report
-from leangpt.kernels import contract, sass, triton_ops
+from leangpt.kernels import contract, cuda_report, sass, triton_ops
 from leangpt.kernels.chips import CHIPS, predicted_bound
 from leangpt.kernels.triton_recorder import Recorder, num_bytes
 from leangpt.kernels.triton_report import Case, Empty, report, versions
@@ -216,6 +217,8 @@ class TestCommand:
     def _one_small_kernel(self, monkeypatch, tmp_path):
         monkeypatch.setattr(kernel_report, "cases", lambda: [product()])
         monkeypatch.setattr(contract, "PATH", tmp_path / "contract.json")
+        for name, value in {"obstacle": None, "version": "13.0.0", "report": []}.items():
+            monkeypatch.setattr(cuda_report, name, lambda *_, value=value: value)
 
     def run(self, capsys, *argv):
         status = cli.main(["kernels", *argv])
@@ -229,7 +232,7 @@ class TestCommand:
 
     def test_json(self, capsys):
         document = json.loads(self.run(capsys, "report", "--arch", "sm_80", "--json")[1])
-        assert document["versions"] == versions()
+        assert document["versions"] == versions() | {"nvcc": "13.0.0"} and document["cuda"] == []
         [row] = document["rows"]
         assert row["kernel"] == "_product_kernel" and row["arch"] == "sm_80"
         assert row["registers"] > 0 and row["tensor_cores"]["HMMA"] > 0
@@ -274,6 +277,55 @@ class TestCommand:
         assert status == 1 and "pip install triton" in err
 
 
+class TestCuda:
+    @pytest.fixture
+    def figures(self):
+        return {
+            (name, arch): row
+            for name, archs in json.loads(contract.PATH.read_text(encoding="utf-8"))[
+                "kernels"
+            ].items()
+            for arch, row in archs.items()
+            if name.startswith(cuda_report.PREFIX)
+        }
+
+    def test_every_file_is_in_the_contract(self, figures):
+        sources = {path.name for path in cuda_report.CSRC.glob("cuda/*.cu")}
+        assert {name.split()[1] for name, _ in figures} == sources
+        assert {arch for _, arch in figures} == set(CHIPS)
+
+    def test_bars(self, figures):
+        """No spills; products on tensor cores, with copies and accesses as wide as there are."""
+        for key, row in figures.items():
+            assert row["spills"] == row["local_bytes"] == 0, key
+            assert row["blocks_per_sm"], key
+            if re.search("split_k_kernel|tile_kernel|attend_kernel", key[0]):
+                assert row["tensor_cores"].keys() == {"HMMA"}, key
+                assert row["copies"]["cp.async"] and row["loads"]["128"] > 8, key
+
+    def test_a_kernel(self):
+        if cuda_report.obstacle():
+            pytest.skip(str(cuda_report.obstacle()))
+        found = cuda_report._compile(cuda_report.CSRC / "cuda" / "layer_norm.cu", "sm_80")
+        assert [kernel.name for kernel in found] == [
+            f"cuda layer_norm.cu normalize_kernel<{dtype}>" for dtype in ("float", "unsigned short")
+        ]
+        figures = found[0].figures
+        assert figures["num_warps"] == 8 and figures["registers"] > 16 and figures["spills"] == 0
+        assert list(figures["loads"]) == ["128", "32"] and list(figures["stores"]) == ["128"]
+
+    def test_without_nvcc_they_are_left_out(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr(kernel_report, "cases", lambda: [product()])
+        monkeypatch.setattr(contract, "PATH", tmp_path / "contract.json")
+        kernels = kernel_report.by_name(report([product()], ["sm_80"]))
+        contract.save(versions() | {"nvcc": "13.0.0"}, kernels | {"cuda a.cu f": {"sm_80": {}}})
+        monkeypatch.setattr(cuda_report, "_nvcc", lambda: None)
+        assert cli.main(["kernels", "check", "--arch", "sm_80"]) == 0
+        assert "CUDA kernels are left out: there is no nvcc" in capsys.readouterr().out
+        assert cli.main(["kernels", "update"]) == 1
+        assert "the contract has the CUDA kernels too" in capsys.readouterr().err
+
+
 class TestBars:
     """What the contract says of the kernels as they are."""
 
@@ -293,6 +345,7 @@ class TestBars:
             (name, arch): row
             for name, archs in document["kernels"].items()
             for arch, row in archs.items()
+            if not name.startswith(cuda_report.PREFIX)
         }
 
     def test_every_op_is_in_it(self, figures):

@@ -44,7 +44,7 @@ class Adapter:
                     raise ValueError(f"a bottleneck is for attn_out and mlp_out, got {name}")
                 inputs = outputs
             rank = len(delta.down)
-            shapes = {"down": (rank, inputs), "up": (outputs, rank)}
+            shapes: dict[str, tuple[int, ...]] = {"down": (rank, inputs), "up": (outputs, rank)}
             if isinstance(delta, Bottleneck):
                 shapes |= {"down_bias": (rank,), "up_bias": (outputs,)}
             for field, shape in shapes.items():

@@ -33,18 +33,17 @@ class PackedAdapter:
             _, layer, matrix = name.split(".")
             outputs, inputs = _matrix_shapes(config)[matrix]
             rank = len(delta.down)
-            is_bottleneck = isinstance(delta, Bottleneck)
-            biases = (delta.down_bias, delta.up_bias) if is_bottleneck else (None, None)
+            down_bias = up_bias = None
+            if isinstance(delta, Bottleneck):
+                inputs, down_bias, up_bias = outputs, delta.down_bias, delta.up_bias
             of_rank = np.full(_round_up(rank, PANEL), -1)
             of_rank[:rank] = np.arange(rank)
             # as the rows of the matrix that it adds to
             of_outputs = _row_of(matrix, outputs, config)
             target: Any = getattr(self.layers[int(layer)], matrix)
-            target.is_bottleneck = is_bottleneck
-            target.down = self._pack(
-                delta.down, biases[0], rank, outputs if is_bottleneck else inputs, of_rank
-            )
-            target.up = self._pack(delta.up, biases[1], outputs, rank, of_outputs)
+            target.is_bottleneck = isinstance(delta, Bottleneck)
+            target.down = self._pack(delta.down, down_bias, rank, inputs, of_rank)
+            target.up = self._pack(delta.up, up_bias, outputs, rank, of_outputs)
 
     def _pack(
         self, weight: np.ndarray, bias: np.ndarray | None, n: int, k: int, row_of: np.ndarray

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar, get_args
+from typing import TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leangpt.kernels import log_backend, ops
 
 from ..config import GPTConfig
-from ..model import GPT
+from ..model import GPT, Linear
 from .adapter import Adapter, Bottleneck, LowRank, Prefix
 from .decoder import Ints, Output
 from .kv_cache import KVCache
@@ -225,7 +225,7 @@ class TorchDecoder:
             index = torch.tensor(rows, device=self.model.device)
             for name, weights in self._adapters[adapter].items():
                 parts[name].append((index, weights))
-        linears = {name: self.model.get_submodule(name) for name in parts}
+        linears = {name: cast(Linear, self.model.get_submodule(name)) for name in parts}
         try:
             for name, linear in linears.items():
                 linear.delta = _RowDeltas(parts[name])
@@ -296,7 +296,10 @@ class _RowDeltas(nn.Module):
                 down, up = weights
                 product = product + ops.linear(ops.linear(given, down), up)
             else:
-                product = ops.mlp(product, *weights, "gelu_tanh", residual=product)
+                down, down_bias, up, up_bias = weights
+                product = ops.mlp(
+                    product, down, down_bias, up, up_bias, "gelu_tanh", residual=product
+                )
             out[:, rows] = product
         return out
 

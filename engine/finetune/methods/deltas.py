@@ -93,8 +93,10 @@ class Bottleneck(nn.Module):
         nn.init.normal_(self.down, std=0.02)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        weights = [w.to(out.dtype) for w in (self.down, self.down_bias, self.up, self.up_bias)]
-        return ops.mlp(out, *weights, "gelu_tanh", residual=out)
+        down, down_bias, up, up_bias = (
+            w.to(out.dtype) for w in (self.down, self.down_bias, self.up, self.up_bias)
+        )
+        return ops.mlp(out, down, down_bias, up, up_bias, "gelu_tanh", residual=out)
 
     def exported(self) -> adapter.Bottleneck:
         arrays = map(_array, (self.down, self.down_bias, self.up, self.up_bias))

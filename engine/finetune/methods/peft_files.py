@@ -50,8 +50,8 @@ def load_peft(folder: str | Path, model: GPT) -> AdaptedProducts:
         tensors = _our_names(load_file(path))
         targets = tuple(t for t in TARGETS if any(f".{t}.delta." in name for name in tensors))
         method = _method(read_json(folder / _CONFIG_FILE), targets)
-        adapted = method.attach(model)
-        adapted.fill(tensors)
+        adapted = method.restore(model, tensors)
+        assert isinstance(adapted, AdaptedProducts)
         return adapted
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -176,7 +176,7 @@ def _finetune(argv: Sequence[str]) -> None:
         print(
             usage + "\n\n`leangpt finetune TASK --method METHOD --help` lists the options of both."
         )
-        return
+        raise SystemExit(0 if argv else 2)
     if argv[0] not in TASKS:
         raise ValueError(f"there is no task {argv[0]!r}\n\n{usage}")
     # --method has options of its own, so it is read first

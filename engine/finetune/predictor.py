@@ -6,7 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data.documents import decode_line, open_decompressed
+from ..data.documents import BYTE_ORDER_MARK, decode_line, open_decompressed
 from ..data.inputs import file_format
 from .dataset import parse_rows
 from .rows import ROW_SUFFIXES, BadRows, Row, read_rows, rows_of_lines
@@ -65,7 +65,7 @@ def rows_of_input(path: Path | None, task: Task, bad_rows: BadRows) -> Iterator[
         lines = iter(file)
         first = next(lines, b"")
         lines = chain([first], lines)
-        if first.lstrip().startswith(b"{"):
+        if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{"):
             yield from rows_of_lines(lines, ".jsonl", source, bad_rows)
             return
         field = task.line_field()

@@ -8,6 +8,7 @@ compressed as `.gz` or `.zst`. A row that cannot be read is an error with file a
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,7 @@ def _read_conll(lines: Iterable[bytes], source: str, bad_rows: BadRows) -> Itera
     tags: list[str] = []
     start, num_columns = 0, None
     problem: ValueError | None = None
-    number = 0
-    for number, text in enumerate(_texts([*lines, b"\n"], source, bad_rows), 1):
+    for number, text in enumerate(_texts(chain(lines, [b"\n"]), source, bad_rows), 1):
         columns = text.rstrip("\r\n").split("\t") if "\t" in text else text.split()
         if not columns or columns[0] == "-DOCSTART-":
             if problem is not None:

@@ -398,7 +398,8 @@ class TestCommands:
         assert message in capsys.readouterr().err
 
     def test_help(self, capsys):
-        assert main(["finetune"]) == 0
+        with pytest.raises(SystemExit, match="2"):
+            main(["finetune"])
         assert "chat, qa, translate" in capsys.readouterr().out
         with pytest.raises(SystemExit, match="0"):
             main(["finetune", "rank", "--method", "lora", "--help"])

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = Path(__file__).parent / "cudart"
+# a library gets the fake runtime's functions even where PyTorch has loaded the real ones
+_OWN_SYMBOLS_FIRST = ctypes.DEFAULT_MODE | os.RTLD_DEEPBIND
+
 unavailable_reason = None if NVCC else "nvcc was not found: set CUDA_HOME"
 
 
@@ -110,7 +114,7 @@ def _load(module: int, ptx: bytes, name: bytes, out: Any) -> bool:
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
-    """The fake runtime, compiled at its first use."""
+    """The fake runtime, compiled at its first use: its functions are those of libcudart."""
     loaded = ctypes.CDLL(str(runtime_path()))
     loaded.emulator_fault.restype = ctypes.c_char_p
     loaded.emulator_leaks.restype = ctypes.c_char_p
@@ -122,6 +126,7 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def runtime_path() -> Path:
+    """The fake runtime's library."""
     flags = [f"-I{CUDA_HOME}/include"]
     return shared_library("cudart", SOURCES.glob("*.cpp"), flags, link=[machine.library_path()])
 
@@ -180,61 +185,7 @@ def library(name: str, sources: Iterable[Path], flags: Sequence[str] = ()) -> Li
 def _load_library(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Library:
     runtime()
     path = shared_library(name, sources, [f"-I{CUDA_HOME}/include", *flags], link=[runtime_path()])
-    return Library(str(path), mode=ctypes.DEFAULT_MODE | _DEEPBIND)
-
-
-_DEEPBIND = 8  # before libcudart of PyTorch, where it is loaded
-
-
-@functools.cache
-def _tensor_memory() -> ctypes.CDLL:
-    path = shared_library(
-        "tensors",
-        (SOURCES / "torch").glob("*.cpp"),
-        _torch_flags(),
-        link=[runtime_path(), *_torch_libraries()],
-    )
-    return ctypes.CDLL(str(path))
-
-
-def _torch_flags() -> list[str]:
-    return ["-std=c++20", *(f"-I{path}" for path in cpp_extension.include_paths())]
-
-
-def _torch_libraries() -> list[str]:
-    folder = Path(torch.__file__).parent / "lib"
-    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
-
-
-@contextlib.contextmanager
-def tensors_as_device_memory() -> Iterator[None]:
-    """In the block, the CPU tensors that are made are memory that kernels may access."""
-    runtime()
-    _tensor_memory().emulator_use_tensors(True)
-    try:
-        yield
-    finally:
-        _tensor_memory().emulator_use_tensors(False)
-
-
-def load_ops(name: str, kernels: Iterable[Path], bindings: Iterable[Path]) -> None:
-    """Compile C++ that registers CUDA implementations of ops (TORCH_LIBRARY_IMPL) with the kernels they launch, and load it."""
-    runtime()
-    include = f"-I{CUDA_HOME}/include"
-    kernel_library = shared_library(f"{name}_kernels", kernels, [include], link=[runtime_path()])
-    link = [kernel_library, runtime_path(), *_torch_libraries()]
-    path = shared_library(name, bindings, [include, *_torch_flags()], link)
-    ctypes.CDLL(str(path), mode=ctypes.DEFAULT_MODE | _DEEPBIND)
-
-
-def call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the CUDA implementation of an op, such as torch.ops.leangpt.x, on CPU tensors; raises Fault."""
-    try:
-        return op.default.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs
-        )
-    finally:
-        _raise_fault(None, None, None)
+    return Library(str(path), mode=_OWN_SYMBOLS_FIRST)
 
 
 def fault() -> str | None:
@@ -330,3 +281,57 @@ def to_device(tensor: Tensor, name: str) -> DeviceTensor:
 def empty(shape: int | Sequence[int], dtype: torch.dtype, name: str) -> DeviceTensor:
     """Device memory that nobody wrote: to read it is a fault."""
     return DeviceTensor(torch.empty(shape, dtype=dtype), name)
+
+
+# ---- CUDA implementations of PyTorch's ops, on CPU tensors
+
+
+@functools.cache
+def _tensor_memory() -> ctypes.CDLL:
+    path = shared_library(
+        "tensors",
+        (SOURCES / "torch").glob("*.cpp"),
+        _torch_flags(),
+        link=[runtime_path(), *_torch_libraries()],
+    )
+    return ctypes.CDLL(str(path))
+
+
+def _torch_flags() -> list[str]:
+    return ["-std=c++20", *(f"-I{path}" for path in cpp_extension.include_paths())]
+
+
+def _torch_libraries() -> list[str]:
+    folder = Path(torch.__file__).parent / "lib"
+    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+@contextlib.contextmanager
+def tensors_as_device_memory() -> Iterator[None]:
+    """In the block, the CPU tensors that are made are memory that kernels may access."""
+    runtime()
+    _tensor_memory().emulator_use_tensors(True)
+    try:
+        yield
+    finally:
+        _tensor_memory().emulator_use_tensors(False)
+
+
+def load_ops(name: str, kernels: Iterable[Path], bindings: Iterable[Path]) -> None:
+    """Compile C++ that registers CUDA implementations of ops (TORCH_LIBRARY_IMPL) with the kernels they launch, and load it."""
+    runtime()
+    include = f"-I{CUDA_HOME}/include"
+    kernel_library = shared_library(f"{name}_kernels", kernels, [include], link=[runtime_path()])
+    link = [kernel_library, runtime_path(), *_torch_libraries()]
+    path = shared_library(name, bindings, [include, *_torch_flags()], link)
+    ctypes.CDLL(str(path), mode=_OWN_SYMBOLS_FIRST)
+
+
+def call_op(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the CUDA implementation of an op, such as torch.ops.leangpt.x, on CPU tensors; raises Fault."""
+    try:
+        return op.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs
+        )
+    finally:
+        _raise_fault(None, None, None)

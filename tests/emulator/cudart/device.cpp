@@ -1,4 +1,4 @@
-// The device that there seems to be, errors, and what Python calls.
+// The device that there seems to be, and the last error.
 #include <cstring>
 
 #include "runtime.h"
@@ -169,41 +169,6 @@ const char* cudaGetErrorName(cudaError_t error) {
   static thread_local std::string name;
   name = "CUDA error " + std::to_string(error);
   return name.c_str();
-}
-
-// ---- for cuda.py
-
-void emulator_configure(const Settings* to) { settings = *to; }
-void emulator_set_loader(Loader to) { loader = to; }
-// What the loader could not do.
-void emulator_refuse(const char* reason) { errors.reason = reason; }
-// The fault that stopped the device, or the error of a launch that nobody asked for; null: none.
-const char* emulator_fault() {
-  return errors.sticky || errors.is_unseen ? errors.reason.c_str() : nullptr;
-}
-// What was not freed or destroyed, one a line.
-const char* emulator_leaks() {
-  static std::string text;
-  text = live_memory() + live_handles();
-  return text.c_str();
-}
-// As in a new process.
-void emulator_reset() {
-  forget_streams();
-  release_all();
-  forget_attributes();
-  errors = {};
-}
-void emulator_name(const void* device, const char* name) { name_buffer(device, name); }
-// Memory of the host that kernels may access, such as a CPU tensor; `name` must stay.
-void emulator_register(void* memory, size_t num_bytes, const char* name) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-  const std::lock_guard<std::recursive_mutex> lock(mutex);
-  add_buffer({begin, begin + num_bytes, name, static_cast<std::byte*>(memory), nullptr});
-}
-void emulator_unregister(const void* memory) {
-  const std::lock_guard<std::recursive_mutex> lock(mutex);
-  remove_buffer(memory);
 }
 
 }  // extern "C"

@@ -6,7 +6,8 @@ heads of 128; with a sliding window, which models like it have.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def check(archs: Sequence[str]) -> None:
         for name, kernel in agreed.items()
         if not (obstacle and name.startswith(f"{cuda_report.PREFIX} "))
     }
-    kernels = by_name(*make_report(archs))
+    kernels = by_name(chain(*make_report(archs)))
     lines = contract.differences(expected, kernels)
     if lines:
         print("\n".join(lines))
@@ -178,16 +179,16 @@ def update() -> None:
     obstacle = cuda_report.obstacle()
     if obstacle:
         raise ValueError(f"the contract has the CUDA kernels too, and {obstacle}")
-    contract.save(all_versions(), by_name(*make_report(list(CHIPS))))
+    contract.save(all_versions(), by_name(chain(*make_report(list(CHIPS)))))
     print(f"wrote {contract.PATH}")
 
 
-def by_name(rows: Sequence[Row], kernels: Sequence[cuda_report.Kernel] = ()) -> contract.Kernels:
+def by_name(rows: Iterable[Row | cuda_report.Kernel]) -> contract.Kernels:
     """As the contract has them."""
-    found: contract.Kernels = {}
-    for row in (*rows, *kernels):
-        found.setdefault(row.name, {})[row.arch] = row.figures
-    return found
+    kernels: contract.Kernels = {}
+    for row in rows:
+        kernels.setdefault(row.name, {})[row.arch] = row.figures
+    return kernels
 
 
 def to_json(rows: Sequence[Row], cuda_kernels: Sequence[cuda_report.Kernel] = ()) -> str:
@@ -238,11 +239,11 @@ def to_text(rows: Sequence[Row], cuda_kernels: Sequence[cuda_report.Kernel] = ()
             "CUDA kernels of the decode step; shared memory is what is not asked for at a launch",
         ]
     instances: dict[str, list[cuda_report.Kernel]] = {}
-    for kernel in cuda_kernels:
-        instances.setdefault(f"{kernel.source} {kernel.function}", []).append(kernel)
+    for instance in cuda_kernels:
+        instances.setdefault(f"{instance.source} {instance.function}", []).append(instance)
     for name, on_archs in instances.items():
         lines.append(f"  {name}: warps={on_archs[0].figures['num_warps']}")
-        lines += [f"    {_figures_in_words(kernel)}" for kernel in on_archs]
+        lines += [f"    {_figures_in_words(instance)}" for instance in on_archs]
     return "\n".join(lines)
 
 

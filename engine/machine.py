@@ -82,6 +82,7 @@ def describe() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "decode engine": decode_engine(),
+        "decode engine on CUDA": decode.cuda_obstacle() or "ready",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
         "bf16 products": "in hardware"
         if multiplies_bf16(device)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from triton import knobs
-from triton.runtime.cache import get_cache_manager
-
 from . import sass
 from .chips import CHIPS, RESERVED_SHARED_BYTES
 from .contract import Figures
+from .triton_report import disassemble, kept
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # of the repository: a wheel has none
 PREFIX = "cuda"  # of names in the contract
@@ -75,19 +72,12 @@ def report(archs: Sequence[str], num_threads: int = 2) -> list[Kernel]:
 
 
 def _compile(source: Path, arch: str) -> list[Kernel]:
-    """The kernels of a file, which are kept in Triton's cache."""
+    """The kernels of a file, which are kept."""
     texts = [path.read_bytes() for path in sorted(CSRC.glob("**/*.*h"))]
     code = inspect.getsource(sass) + Path(__file__).read_text(encoding="utf-8")
     key = f"{version()} {source.name} {arch} {code}".encode()
-    cache = get_cache_manager(
-        hashlib.sha256(b"".join([key, source.read_bytes(), *texts])).hexdigest()
-    )
-    path = cache.get_file("kernels.json")
-    if path:
-        found = json.loads(Path(path).read_text())
-    else:
-        found = _compile_anew(source, arch)
-        cache.put(json.dumps(found), "kernels.json", binary=False)
+    digest = hashlib.sha256(b"".join([key, source.read_bytes(), *texts])).hexdigest()
+    found = kept(digest, lambda: _compile_anew(source, arch))
     return [Kernel(source.name, function, arch, figures) for function, figures in found.items()]
 
 
@@ -116,9 +106,7 @@ def _threads(ptx: str) -> dict[str, int]:
 
 def _read(cubin: bytes) -> dict[str, tuple[sass.Code, int]]:
     """Code and bytes of static shared memory by function."""
-    resources, listing = sass.disassemble(
-        cubin, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path
-    )
+    resources, listing = disassemble(cubin)
     listings = dict(_sections(listing))
     return {
         name: (sass.parse(usage, listings[name]), int(usage.partition("SHARED:")[2].split()[0]))

@@ -70,13 +70,8 @@ def _widest_first(accesses: Counter[str]) -> dict[str, int]:
     return dict(sorted(accesses.items(), key=lambda item: -int(item[0])))
 
 
-def read_cubin(cubin: bytes, cuobjdump: str, nvdisasm: str) -> Code:
-    """Of a cubin with one kernel."""
-    return parse(*disassemble(cubin, cuobjdump, nvdisasm))
-
-
 def disassemble(cubin: bytes, cuobjdump: str, nvdisasm: str) -> list[str]:
-    """Resources and listing of all its kernels; `cuobjdump` and `nvdisasm` are the paths of these programs."""
+    """Resources and listing of the kernels of a cubin; `cuobjdump` and `nvdisasm` are the paths of these programs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

@@ -157,12 +157,22 @@ def _figures(arch: str, launch: Launch) -> Figures:
 
 
 def _read(cubin: bytes) -> sass.Code:
-    """`sass.read_cubin`, kept in Triton's cache: the disassembler takes as long as the compiler."""
+    """`sass.parse`, kept: the disassembler takes as long as the compiler."""
     digest = hashlib.sha256(cubin + inspect.getsource(sass).encode()).hexdigest()
+    return sass.Code(**kept(digest, lambda: dataclasses.asdict(sass.parse(*disassemble(cubin)))))
+
+
+def disassemble(cubin: bytes) -> list[str]:
+    """`sass.disassemble`, with the programs that come with Triton."""
+    return sass.disassemble(cubin, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path)
+
+
+def kept(digest: str, compute: Callable[[], Any]) -> Any:
+    """What is computed, as JSON has it, once: it stays in Triton's cache."""
     cache = get_cache_manager(digest)
     path = cache.get_file("code.json")
     if path:
-        return sass.Code(**json.loads(Path(path).read_text()))
-    code = sass.read_cubin(cubin, knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path)
-    cache.put(json.dumps(dataclasses.asdict(code)), "code.json", binary=False)
-    return code
+        return json.loads(Path(path).read_text())
+    found = compute()
+    cache.put(json.dumps(found), "code.json", binary=False)
+    return found

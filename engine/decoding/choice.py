@@ -37,7 +37,7 @@ def load_decoder(
             or a folder, see `resolve_model`.
         format: in which a native decoder holds the weights, such as "int8"; None: that of the packed file, or `dtype`.
         dtype: as of `load_model`, where the model is not packed; None: float32, on a GPU bfloat16.
-        device: where it runs; "auto": on a GPU, where there is one and a decoder for the model.
+        device: where it runs; "auto": on a GPU, where there is one, and a decoder there that has what was asked for.
         num_blocks: pages in a native decoder's cache, see there.
 
     Raises:
@@ -57,7 +57,8 @@ def load_decoder(
 
     path = resolve_model(name)
     if device == "auto":
-        device = default_device()
+        needs_native = format is not None or num_blocks is not None
+        device = "cpu" if needs_native and decode.cuda_obstacle() else default_device()
     is_on_gpu = _gpu(str(device)) is not None
     if is_on_gpu and format is None and dtype is None:
         dtype = "bfloat16"

@@ -61,7 +61,7 @@ __host__ __device__ int64_t state_floats(int num_steps) { return 4 + num_steps *
 
 // Scores are in units of ln 2 here. What two sums of weighted values count, once they are of the
 // same softmax: `into` becomes that of both.
-struct Softmax {
+struct alignas(8) Softmax {
   float largest, total;  // total 0: of no keys
 };
 struct Factors {
@@ -87,12 +87,16 @@ __device__ __forceinline__ float4 merge(const float4& a, const float4& b, const 
 
 // The weighted mean of 4 dimensions, from `dim` on, of those that there are.
 __device__ void store_out(uint16_t* out, const float4& sums, float total, int dim, int head_dim) {
-  const float inverse = 1.0f / total;
-  const float values[] = {sums.x, sums.y, sums.z, sums.w};
-  for (int i = 0; i < 4; ++i) {
-    // -0 becomes 0: which of them it was depends on keys that were not seen
-    if (dim + i < head_dim)
-      out[dim + i] = __bfloat16_as_ushort(__float2bfloat16_rn(values[i] * inverse + 0.0f));
+  // -0 becomes 0: which of them it was depends on keys that were not seen
+  const auto mean = [inverse = 1.0f / total](float sum) { return sum * inverse + 0.0f; };
+  const uint2 means = {pack_bf16(mean(sums.x), mean(sums.y)),
+                       pack_bf16(mean(sums.z), mean(sums.w))};
+  if (head_dim % 4 == 0) {
+    if (dim < head_dim) *reinterpret_cast<uint2*>(out + dim) = means;
+    return;
+  }
+  for (int i = 0; i < 4 && dim + i < head_dim; ++i) {
+    out[dim + i] = static_cast<uint16_t>((i < 2 ? means.x : means.y) >> i % 2 * 16);
   }
 }
 

@@ -136,8 +136,8 @@ int64_t attention_scratch_floats(const HeadShape& shape, int num_rows, int max_k
 void attention_decode(const AttentionArgs& args, const HeadShape& shape, const StepRows& rows,
                       const KvLayer& layer, cudaStream_t stream);
 
-// A draw for each row of logits (num_rows, stride). `settings`, and what it points to, is device
-// memory; so is `out`.
+// A draw for each row of logits (num_rows, stride), as cpu::draw: the same tokens,
+// log-probabilities within 1e-6. `settings`, and what it points to, is device memory; so is `out`.
 void sample(const float* logits, int64_t stride, int vocab_size, const DrawSettings* settings,
             Drawn* out, void* scratch, int num_rows, cudaStream_t stream);
 int64_t sample_scratch_bytes(int vocab_size, int num_rows);

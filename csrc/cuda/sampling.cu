@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+constexpr int kAhead = 4;   // loads of a thread that are under way at once
 constexpr int kBins = 256;  // of a radix digit
 
 // Word `token % 4` of Philox4x32-10 at counter (token / 4, position, sample, 0), for 4 tokens.
@@ -124,14 +125,13 @@ struct Row {
   // -infinity.
   template <class F>
   __device__ void for_each_4(const F& f) const {
-    for (int first = static_cast<int>(threadIdx.x) * 4; first < count; first += kThreads * 4) {
-      float four[4];
-      if (is_aligned && first + 4 <= count) {
-        *reinterpret_cast<float4*>(four) = *reinterpret_cast<const float4*>(logits + first);
-      } else {
-        for (int i = 0; i < 4; ++i) four[i] = first + i < count ? logits[first + i] : -INFINITY;
-      }
-      f(first, four);
+    constexpr int kStep = kThreads * 4;
+    for (int start = static_cast<int>(threadIdx.x) * 4; start < count; start += kStep * kAhead) {
+      float fours[kAhead][4];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_4(start + i * kStep, fours[i]);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) f(start + i * kStep, fours[i]);
     }
   }
   // f(token, value) for each token.
@@ -142,6 +142,15 @@ struct Row {
         if (first + i < count) f(first + i, value(first + i, four[i]));
       }
     });
+  }
+
+ private:
+  __device__ void load_4(int first, float (&four)[4]) const {
+    if (is_aligned && first + 4 <= count) {
+      *reinterpret_cast<float4*>(four) = *reinterpret_cast<const float4*>(logits + first);
+    } else {
+      for (int i = 0; i < 4; ++i) four[i] = first + i < count ? logits[first + i] : -INFINITY;
+    }
   }
 };
 

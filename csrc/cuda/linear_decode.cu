@@ -29,13 +29,11 @@ constexpr int kThreads = 32 * kParts;
 constexpr int kFusedRows = kParts;
 constexpr int kFusedBytes = 32 * 1024;  // of the normed rows in shared memory at most
 
-// Fewer outputs than this are split over more blocks of threads, so that all SMs have some.
-constexpr int kNarrowOutputs = 4096;
-
 constexpr int kTileRows = 128, kTileOutputs = 128;
 constexpr int kTileStages = 4;
-// Tiles from which on the tile kernel is used: about the SMs of a large GPU.
-constexpr int kEnoughTiles = 128;
+
+// About the SMs of a large GPU: fewer blocks of threads are made smaller.
+constexpr int kEnoughBlocks = 128;
 
 struct Arguments {
   Weights w;
@@ -392,6 +390,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   }
 }
 
+int ceil_div(int n, int size) { return (n + size - 1) / size; }
+
 template <WeightKind kKind, int kRowTiles, int kTiles, bool kHasNorm>
 void launch_split_k(const Arguments& args, cudaStream_t stream) {
   using Shape = SplitK<kKind, kRowTiles, kTiles>;
@@ -399,41 +399,44 @@ void launch_split_k(const Arguments& args, cudaStream_t stream) {
   const int shared_bytes = Shape::kSharedBytes + normed_bytes;
   const auto kernel = split_k_kernel<kKind, kRowTiles, kTiles, kHasNorm>;
   allow_shared_memory(kernel, "linear_decode", shared_bytes);
-  const dim3 grid((args.num_rows + Shape::kRows - 1) / Shape::kRows,
-                  (args.w.n + Shape::kOutputs - 1) / Shape::kOutputs);
+  const dim3 grid(ceil_div(args.num_rows, Shape::kRows), ceil_div(args.w.n, Shape::kOutputs));
   kernel<<<grid, kThreads, shared_bytes, stream>>>(args);
   check_launch("linear_decode");
 }
 
+template <WeightKind kKind, int kRowTiles, bool kHasNorm>
+void launch_split_k(const Arguments& args, cudaStream_t stream) {
+  using Shape = SplitK<kKind, kRowTiles, 2>;
+  const int blocks = ceil_div(args.num_rows, Shape::kRows) * ceil_div(args.w.n, Shape::kOutputs);
+  // a block must have both the gate and the up of an output
+  if (blocks < kEnoughBlocks && args.out.activation != Activation::kSwiglu) {
+    launch_split_k<kKind, kRowTiles, 1, kHasNorm>(args, stream);
+  } else {
+    launch_split_k<kKind, kRowTiles, 2, kHasNorm>(args, stream);
+  }
+}
+
 template <WeightKind kKind>
 void launch(Arguments args, cudaStream_t stream) {
-  const int rows = args.num_rows, n = args.w.n;
-  const bool is_narrow = n <= kNarrowOutputs && args.out.activation != Activation::kSwiglu;
+  const int rows = args.num_rows;
   if (args.in.stream) {
     if (rows <= kFusedRows && rows * args.w.blocks * kBlockInputs * 2 <= kFusedBytes) {
-      if (is_narrow) {
-        launch_split_k<kKind, 1, 1, true>(args, stream);
-      } else {
-        launch_split_k<kKind, 1, 2, true>(args, stream);
-      }
-      return;
+      return launch_split_k<kKind, 1, true>(args, stream);
     }
     normalize(args.in.stream, args.in.stride, args.in.row_of, args.in.norm, args.w.k,
               args.in.normed, args.in.stride, rows, stream);
     args.in.rows = args.in.normed;
   }
-  const dim3 tiles((rows + kTileRows - 1) / kTileRows, (n + kTileOutputs - 1) / kTileOutputs);
-  if (static_cast<int64_t>(tiles.x) * tiles.y >= kEnoughTiles && rows > 64) {
+  const dim3 tiles(ceil_div(rows, kTileRows), ceil_div(args.w.n, kTileOutputs));
+  if (rows <= 16) {
+    launch_split_k<kKind, 2, false>(args, stream);
+  } else if (rows <= 64 || int64_t{tiles.x} * tiles.y < kEnoughBlocks) {
+    launch_split_k<kKind, 8, false>(args, stream);
+  } else {
     constexpr int kSharedBytes = TileShape<kKind>::kSharedBytes;
     allow_shared_memory(tile_kernel<kKind>, "linear_decode", kSharedBytes);
     tile_kernel<kKind><<<tiles, kThreads, kSharedBytes, stream>>>(args);
     check_launch("linear_decode");
-  } else if (rows > 16) {
-    launch_split_k<kKind, 8, 2, false>(args, stream);
-  } else if (is_narrow) {
-    launch_split_k<kKind, 2, 1, false>(args, stream);
-  } else {
-    launch_split_k<kKind, 2, 2, false>(args, stream);
   }
 }
 
@@ -475,7 +478,7 @@ void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& o
   if (num_rows == 0) return;
   check_arguments(w, in, out);
   Arguments args = {as_weights(w, "linear_decode"), in, out, num_rows};
-  args.part_blocks = (args.w.blocks + kParts - 1) / kParts;
+  args.part_blocks = ceil_div(args.w.blocks, kParts);
   switch (w.kind) {
     case WeightKind::kBf16:
       return launch<WeightKind::kBf16>(args, stream);

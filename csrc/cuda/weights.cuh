@@ -104,11 +104,11 @@ struct WeightTile {
   uint32_t words[kTiles][2][4];  // operands of the two mma of each tile
   float scales[kThreadOutputs], minimums[kThreadOutputs];
 
-  // Where a chunk of a step lies in shared memory: by word, by thread that reads it, and turned so
-  // that 8 lanes that read at once have all banks.
+  // Where a chunk of a step lies in shared memory: by word, by thread t that reads it, and swizzled
+  // so that the half chunks which 16 lanes read at once are in all banks.
   static __device__ __forceinline__ unsigned place(unsigned word, unsigned t, unsigned chunk) {
-    const unsigned turn = kTiles == 2 ? 2 * t : t & 2;
-    return ((word * 4 + t) * kChunks + (chunk ^ turn)) * 16;
+    const unsigned swizzle = kTiles == 2 ? 2 * t : t & 2;
+    return ((word * 4 + t) * kChunks + (chunk ^ swizzle)) * 16;
   }
 
   // What one of kThreads threads copies to shared memory, block after block of inputs.
@@ -122,9 +122,10 @@ struct WeightTile {
       data_ = w.data + panel * w.panel_bytes +
               (int64_t{first_block} * kSteps * kPanelWidth + lane) * 4 + thread % kChunks * 16;
       const unsigned part = thread / kScaleChunks;  // first the scales, then the minimums
-      scales_ = part == 0 ? w.scales : part == 1 ? w.minimums : nullptr;
-      has_scales_ = scales_ != nullptr;
-      scales_ += int64_t{panel} * w.groups * kPanelWidth + lane + thread % kScaleChunks * 8;
+      const uint16_t* of_groups = part == 0 ? w.scales : part == 1 ? w.minimums : nullptr;
+      has_scales_ = of_groups != nullptr;
+      const int64_t first_group = int64_t{panel} * w.groups;
+      scales_ = of_groups + first_group * kPanelWidth + lane + thread % kScaleChunks * 8;
     }
 
     // Start to copy the next block.

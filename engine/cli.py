@@ -220,7 +220,9 @@ def _predict(argv: Sequence[str]) -> None:
         )
     rows = rows_of_input(options.file, predictor.task, bad_rows)
     if options.report:
-        parsed = parse_rows(rows, predictor.task.parse, bad_rows)
+        parsed = list(parse_rows(rows, predictor.task.parse, bad_rows))
+        if not parsed:
+            raise ValueError("there is no row to report on")
         print(predictor.report([sample for _, sample in parsed]).text)
     else:
         for row, prediction in predict_rows(predictor, rows, bad_rows):

@@ -57,12 +57,12 @@ def majority(answers):
 
 def test_classify(run):
     """Module of a snippet: far above the majority, one in six."""
-    rows = modules_of_snippets(MODULES, 120)
-    outcome, tuned, test = run(Classify(), rows, num_test=120, epochs=5)
+    rows = modules_of_snippets(MODULES, 100)
+    outcome, tuned, test = run(Classify(), rows, num_test=100, epochs=5)
     predictions = predict(tuned, test)
     true = [row["label"] for row in test]
     share = accuracy(true, [p["label"] for p in predictions])
-    best = majority(row["label"] for row in rows[:-120])
+    best = majority(row["label"] for row in rows[:-100])
     assert share > 0.5 > 2 * accuracy(true, [best] * len(true))
     assert all(math.isclose(sum(p["probabilities"].values()), 1, rel_tol=1e-5) for p in predictions)
     assert outcome.report.pictures["confusion_matrix.png"].startswith(b"\x89PNG")

@@ -133,6 +133,13 @@ def cases(B: int = 8) -> list[Case]:
             ((B, T, H + 4, D),),
             lambda qkv: ops.rotary_qkv(qkv, cos, sin, 2),
         ),
+        Case(
+            "rotary_qkv",
+            f"{B}x{T}x{H + 4}x{D}, QK-norm",
+            N,
+            ((B, T, H + 4, D), (D,), (D,)),
+            lambda qkv, *weights: ops.rotary_qkv(qkv, cos, sin, 2, *weights),
+        ),
         Case("attention", f"{B}x{T}x{H}x{D}", N, (heads,) * 3, ops.attention, 2 * N * T * H * D),
         Case(
             "attention",

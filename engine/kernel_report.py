@@ -96,7 +96,11 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     if config.position == "rotary":
         angles = Empty((1, T, D // 2), torch.float32, requires_grad=False)
         yield case("rotary", heads(H), angles, angles)
-        yield case("rotary_qkv", Empty((B, T, H_qkv, D)), angles, angles, H_kv)
+        arguments = (Empty((B, T, H_qkv, D)), angles, angles, H_kv)
+        yield case("rotary_qkv", *arguments, None, None, 0.0)
+        if config.qk_norm:
+            weights = Empty((D,)), Empty((D,))
+            yield case("rotary_qkv", *arguments, *weights, config.norm_eps, note=" norm")
 
     q, k, v = heads(H), heads(H_kv), heads(H_kv)
     flops = attention_flops()

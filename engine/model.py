@@ -121,14 +121,14 @@ class Block(nn.Module):
         H, H_kv, D = self.config.n_head, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D)
         # (B, T, H or H_kv, D)
-        if rope is not None and self.q_norm is None:
-            q, k, v = ops.rotary_qkv(qkv, *rope, H_kv)
+        if rope is not None:
+            norms = self.q_norm, self.k_norm
+            weights = [None if norm is None else norm.weight for norm in norms]
+            q, k, v = ops.rotary_qkv(qkv, *rope, H_kv, *weights, self.config.norm_eps)
         else:
             q, k, v = qkv.split((H, H_kv, H_kv), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-            if rope is not None:
-                q, k = ops.rotary(q, *rope), ops.rotary(k, *rope)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, q, k, v)
         return self.attn_out(out.flatten(2))
 

@@ -165,29 +165,46 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_qkv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values out of a packed projection, queries and keys turned by the angles of their positions.
 
-    `(rotary(q), rotary(k), v)` with `q, k, v = qkv.split((H, H_kv, H_kv), dim=2)`, so that qkv need not be kept.
+    `(rotary(q), rotary(k), v)` with `q, k, v = qkv.split((H, H_kv, H_kv), dim=2)`, so that qkv need not be kept. With the
+    weights of QK-norm, `rms_norm(q, q_weight, eps)` and `rms_norm(k, k_weight, eps)` are turned.
 
     Args:
         qkv: `(B, T, H + 2 H_kv, D)`, D even.
         cos, sin: as `rotary`.
         num_kv_heads: H_kv.
+        q_weight, k_weight: `(D,)`, or both None.
+        eps: of the norms.
 
     Returns:
         `(B, T, H, D)`, `(B, T, H_kv, D)` and `(B, T, H_kv, D)`; the last may be a view of `qkv`.
 
     Raises:
-        ValueError: D is odd, `cos` or `sin` does not fit `qkv`, or `qkv` has not that many heads.
+        ValueError: D is odd, `cos`, `sin` or a weight does not fit `qkv`, `qkv` has not that many heads, or only one
+            weight is given.
+
+    Reference: QK-norm: Henry et al., 2020, https://arxiv.org/abs/2010.04245
     """
     _check_angles("rotary_qkv", qkv, cos, sin)
     if qkv.shape[2] <= 2 * num_kv_heads:
         raise ValueError(
             f"rotary_qkv: qkv must have more than 2 * {num_kv_heads} heads, got {qkv.shape[2]}"
         )
-    return select("rotary_qkv", qkv).rotary_qkv(qkv, cos, sin, num_kv_heads)
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("rotary_qkv: q_weight and k_weight must be given together")
+    _check_shape("rotary_qkv", "q_weight", q_weight, (qkv.shape[3],))
+    _check_shape("rotary_qkv", "k_weight", k_weight, (qkv.shape[3],))
+    backend = select("rotary_qkv", qkv, q_weight, k_weight)
+    return backend.rotary_qkv(qkv, cos, sin, num_kv_heads, q_weight, k_weight, eps)
 
 
 def attention(

@@ -58,10 +58,18 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_qkv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_heads = qkv.shape[2] - 2 * num_kv_heads
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     return rotary(q, cos, sin), rotary(k, cos, sin), v
 
 

@@ -138,6 +138,16 @@ def test_rotary_of_packed_qkv(heads):
     assert v.shape[2] == H_kv and torch.equal(v, qkv[:, :, H + H_kv :])
 
 
+def test_rotary_of_packed_qkv_with_norms():
+    qkv, angles = randn(2, 5, 7, 8), randn(2, 5, 4)
+    weights = randn(8), randn(8)
+    rope = angles.cos(), angles.sin()
+    q, k, v = ops.rotary_qkv(qkv, *rope, 2, *weights, eps=1e-3)
+    for out, heads, weight in ((q, qkv[:, :, :3], weights[0]), (k, qkv[:, :, 3:5], weights[1])):
+        torch.testing.assert_close(out, ops.rotary(ops.rms_norm(heads, weight, 1e-3), *rope))
+    assert torch.equal(v, qkv[:, :, 5:])
+
+
 ATTENTION_CASES = [  # B, T, S, H, H_kv, D, window
     (1, 1, 1, 1, 1, 16, None),
     (2, 7, 7, 2, 2, 16, None),
@@ -294,6 +304,14 @@ INVALID = {
     "rotary_qkv angles": (
         lambda: ops.rotary_qkv(T(2, 3, 3, 8), T(2, 3, 4), T(1, 4, 4), 1),
         "rotary_qkv: sin must be",
+    ),
+    "rotary_qkv one weight": (
+        lambda: ops.rotary_qkv(T(2, 3, 3, 8), T(1, 3, 4), T(1, 3, 4), 1, T(8)),
+        "rotary_qkv: q_weight and k_weight must be given together",
+    ),
+    "rotary_qkv weight": (
+        lambda: ops.rotary_qkv(T(2, 3, 3, 8), T(1, 3, 4), T(1, 3, 4), 1, T(8), T(4)),
+        "rotary_qkv: k_weight must be",
     ),
     "rotary_qkv heads": (
         lambda: ops.rotary_qkv(T(2, 3, 4, 8), T(1, 3, 4), T(1, 3, 4), 2),

@@ -23,7 +23,25 @@ def check_rotary(x, cos, sin):
 
 
 def check_rotary_qkv(qkv, cos, sin, num_kv_heads):
-    check_op(lambda qkv: ops.rotary_qkv(qkv, cos, sin, num_kv_heads), [qkv], "triton")
+    """Without and with QK-norm."""
+
+    def call(qkv, *weights):
+        return ops.rotary_qkv(qkv, cos, sin, num_kv_heads, *weights, eps=1e-5)
+
+    check_op(call, [qkv], "triton")
+    check_op(call, [qkv, *make_weights(qkv)], "triton")
+
+
+def make_weights(qkv):
+    """Of the norms of queries and keys."""
+    weights = torch.randn(2, qkv.shape[-1], generator=torch.Generator().manual_seed(4))
+    return list(weights.to(qkv))
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """Few tokens are enough for programs of backward to take several."""
+    monkeypatch.setattr(triton_rotary, "num_sms", lambda: 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,6 +86,24 @@ def test_angles_are_not_rounded(device):
     assert torch.equal(y, exact.bfloat16())
 
 
+def test_weights_of_another_dtype(device):
+    """Float32 parameters within autocast; keys without a scale, and heads of zeros, which eps keeps finite."""
+    qkv, cos, sin = make_inputs(2, 5, 6, 32, device=device)
+    qkv[0, 3] = 0
+    q_weight, k_weight = make_weights(qkv.float())
+    tensors = [qkv, q_weight, torch.zeros_like(k_weight)]
+    check_op(lambda qkv, *weights: ops.rotary_qkv(qkv, cos, sin, 2, *weights), tensors, "triton")
+
+
+def test_frozen_weights(device):
+    qkv, cos, sin = make_inputs(2, 5, 6, 32, device=device)
+    weights = make_weights(qkv)
+    check_op(
+        lambda qkv: ops.rotary_qkv(qkv, cos, sin, 2, *(w.to(qkv) for w in weights)), [qkv], "triton"
+    )
+    check_op(lambda *w: ops.rotary_qkv(qkv.to(w[0]), cos, sin, 2, *w)[:2], weights, "triton")
+
+
 def test_empty(device):
     for shape in ((0, 5, 6, 32), (2, 0, 6, 32)):
         qkv, cos, sin = make_inputs(*shape, device=device)
@@ -76,8 +112,12 @@ def test_empty(device):
             q, k, v = ops.rotary_qkv(qkv, cos, sin, 2)
             (dqkv,) = torch.autograd.grad((q, k, v), qkv, (q, k, v))
             x = ops.rotary(qkv, cos, sin)
-        assert q.shape == k.shape == v.shape == (*shape[:2], 2, 32)
-        assert dqkv.shape == x.shape == shape
+            weight = torch.ones(32, dtype=qkv.dtype, device=device, requires_grad=True)
+            normed = ops.rotary_qkv(qkv, cos, sin, 2, weight, weight)
+            dnormed, dweight = torch.autograd.grad(normed, (qkv, weight), normed)
+        assert q.shape == k.shape == v.shape == normed[0].shape == (*shape[:2], 2, 32)
+        assert dqkv.shape == x.shape == dnormed.shape == shape
+        assert dweight.shape == weight.shape and not dweight.any()
 
 
 def test_opcheck(device):
@@ -86,15 +126,24 @@ def test_opcheck(device):
     torch.library.opcheck(triton_rotary._rotary_qkv_backward, (q, k, v, cos, sin))
     qkv.requires_grad_()
     torch.library.opcheck(triton_rotary._rotary, (qkv[:, :, :4], cos, sin, False))
-    torch.library.opcheck(triton_rotary._rotary_qkv, (qkv, cos, sin, 2))
+    torch.library.opcheck(triton_rotary._rotary_qkv, (qkv, cos, sin, None, None, 2, 1e-6))
+    weights = make_weights(qkv.detach())
+    arguments = (q, k, v, qkv, cos, sin, *weights, 1e-6)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(triton_rotary._rotary_qkv_norm_backward, arguments)
+    weights = [weight.requires_grad_() for weight in weights]
+    torch.library.opcheck(triton_rotary._rotary_qkv, (qkv, cos, sin, *weights, 2, 1e-6))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(backend, device):
     qkv, cos, sin = make_inputs(2, 5, 6, 32, device=device)
 
+    weights = make_weights(qkv)
+
     def call(qkv):
         q, k, v = ops.rotary_qkv(qkv, cos, sin, 2)
+        q = q + ops.rotary_qkv(qkv, cos, sin, 2, *weights)[0]
         return ops.rotary(q * k, cos, sin) * v
 
     results = []
@@ -114,5 +163,8 @@ def test_fake_tensors_on_cuda():
         q, k, v = ops.rotary_qkv(qkv, cos, cos, 1)
         turned = ops.rotary(q, cos, cos)
         dqkv = triton_rotary._rotary_qkv_backward(q, k, v, cos, cos)
-    for out, num_heads in ((q, 4), (k, 1), (v, 1), (turned, 4), (dqkv, 6)):
+        weights = 2 * [torch.empty(32, dtype=torch.bfloat16, device="cuda")]
+        norm = triton_rotary._rotary_qkv_norm_backward(q, k, v, qkv, cos, cos, *weights, 1e-6)
+    assert norm[1].shape == (2, 32)
+    for out, num_heads in ((q, 4), (k, 1), (v, 1), (turned, 4), (dqkv, 6), (norm[0], 6)):
         assert out.is_cuda and out.dtype == torch.bfloat16 and out.shape == (2, 5, num_heads, 32)

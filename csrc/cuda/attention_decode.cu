@@ -59,14 +59,16 @@ __device__ int first_seen(int position, int sliding_window) {
 // Floats of a split's result: the largest score, the sum of the weights, two unused, the sums.
 __host__ __device__ int64_t state_floats(int num_steps) { return 4 + num_steps * kStepDims; }
 
-// Scores are in units of ln 2 here. What two sums of weighted values count, once they are of the
-// same softmax: `into` becomes that of both.
+// Of some keys: the largest score, in units of ln 2, and the sum of the weights relative to it.
 struct alignas(8) Softmax {
   float largest, total;  // total 0: of no keys
 };
+// What the sums of weighted values of two are multiplied with before they are added.
 struct Factors {
   float first, second;
 };
+// `into` becomes the softmax of the keys of both. Rounding is spelled out here, so that all who
+// merge have the same bits.
 __device__ __forceinline__ Factors merge(Softmax& into, const Softmax& other) {
   if (other.total == 0.0f) return {1.0f, 0.0f};
   if (into.total == 0.0f) {
@@ -379,7 +381,6 @@ __global__ void __launch_bounds__(Plan<kSteps>::kThreads, 1) attend_kernel(const
   using P = Plan<kSteps>;
   extern __shared__ __align__(16) uint8_t shared[];
   const AttentionTile tile = p.args.tiles[blockIdx.x];
-  if (tile.num_rows == 0) return;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int kv_head = static_cast<int>(blockIdx.y) / p.turns;
   const int first_head = static_cast<int>(blockIdx.y) * p.heads;

@@ -124,7 +124,7 @@ struct AttentionTile {
 struct AttentionArgs {
   const uint16_t* queries;  // bfloat16 (num_rows, stride), scaled
   uint16_t* out;            // bfloat16, likewise
-  int64_t stride;
+  int64_t stride;           // a multiple of 4
   const AttentionTile* tiles;
   int num_tiles;
   int max_keys;        // upper bound of positions + 1: the grid is sized for it

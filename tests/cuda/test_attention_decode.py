@@ -125,3 +125,15 @@ def test_nan_stays_in_its_sequence():
     out = cache.attend(q, rows)
     assert out[1].isnan().all()
     assert torch.equal(out[0], clean[0])
+
+
+def test_errors():
+    """Before anything is launched."""
+    for shape, message in [
+        (HeadShape(1, 1, 257), "head_dim must be at most 256, got 257"),
+        (HeadShape(3, 2, 16), r"n_head \(3\) must be a multiple of n_kv_head \(2\)"),
+    ]:
+        cache = PagedCache(shape, "bf16", [1])
+        queries = torch.zeros(1, shape.n_head, shape.head_dim).bfloat16()
+        with pytest.raises(ValueError, match="attention_decode: " + message):
+            cache.attend(queries, Rows([(0, 0)]))

@@ -1,11 +1,16 @@
 """The CPU kernels of training against float64, by the error rule, with gradients; fakes, autograd and torch.compile."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import check_op
 
+from leangpt import GPT, GPTConfig
 from leangpt.kernels import native, ops, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -194,3 +199,123 @@ class TestLinearCrossEntropy:
             loss = ops.linear_cross_entropy(hidden, randn(9, 4), targets, reduction="sum")
         loss.backward()
         assert loss == 0 and hidden.grad.eq(0).all()
+
+
+OPS = torch.ops.leangpt
+# the arguments of each op, in float32 products and bf16 ones
+ARGUMENTS = {
+    "linear": lambda x, w, dtype: (x, w, randn(24), dtype),
+    "mlp": lambda x, w, dtype: (x, w, randn(24), randn(16, 24), None, x, "gelu_tanh", dtype),
+    "normalize": lambda x, w, dtype: (x.to(dtype), x, w[0], w[1], 1e-5, False),
+    "attention": lambda x, w, dtype: (*(x.view(2, 20, 2, 8).to(dtype) for _ in range(3)), 9, 0.3),
+    "linear_cross_entropy": lambda x, w, dtype: (
+        *(x, w, torch.randint(24, (2, 20)), -100, "mean", 0.1, 0.0, dtype, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name, dtype):
+    """The schema tells the truth, fakes have the shapes and dtypes of results, gradients go through torch.compile."""
+    x, w = randn(2, 20, 16).requires_grad_(), randn(24, 16).requires_grad_()
+    torch.library.opcheck(getattr(OPS, name).default, ARGUMENTS[name](x, w, dtype))
+
+
+def test_doubles_and_half_precision_are_left_to_the_reference():
+    for dtype in (torch.float64, torch.float16):
+        x, weight = randn(40, 8, dtype=dtype), randn(8, 8, dtype=dtype)
+        with use_backend("native"), pytest.raises(RuntimeError, match=f"not in {dtype}"):
+            ops.linear(x, weight)
+        assert ops.linear(x, weight).dtype == dtype
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 71, "max_seq_len": 48, "n_layer": 2, "n_head": 4, "n_embd": 64}
+    return GPT(GPTConfig(**sizes | options))
+
+
+LLAMA = {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "bias": False}
+
+
+def train(model, steps, dtype=torch.float32, run=None):
+    """The losses of some steps on the same few texts."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(71, (3, 4, 49), generator=generator)
+    losses = []
+    for step in range(steps):
+        text = texts[step % 3]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = (run or model)(text[:, :-1], text[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+class TestModel:
+    @pytest.mark.parametrize("options", [{}, LLAMA | {"n_kv_head": 2, "qk_norm": True}], ids=len)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_learns_as_on_the_reference(self, options, dtype):
+        losses = train(make_model(**options), 60, dtype)
+        with use_backend("reference"):
+            expected = train(make_model(**options), 60, dtype)
+        limit = 2e-3 if dtype == torch.float32 else 0.1
+        assert expected[-1] < 0.5 * expected[0]
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < limit
+
+    def test_gradients_are_those_of_doubles(self):
+        model = make_model()
+        tokens = torch.randint(71, (2, 49))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        doubles = make_model().double()
+        doubles(tokens[:, :-1], tokens[:, 1:]).backward()
+        for (name, p), q in zip(model.named_parameters(), doubles.parameters(), strict=True):
+            error = (p.grad.double() - q.grad).abs().max()
+            assert error <= 1e-5 * max(1.0, q.grad.abs().max().item()), name
+
+    def test_the_same_bits_at_any_number_of_threads_and_again(self):
+        before = torch.get_num_threads()
+        runs = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            model = make_model()
+            tokens = torch.randint(71, (8, 49), generator=torch.Generator().manual_seed(1))
+            hidden = model.hidden(tokens[:, :-1])
+            hidden.square().sum().backward()
+            runs.append([p.grad for p in model.blocks.parameters()])
+        torch.set_num_threads(before)
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+    def test_compiles_whole(self):
+        model = make_model()
+        compiled = torch.compile(make_model(), fullgraph=True, backend="aot_eager")
+        losses = train(compiled, 3)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(model, 3)))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """What holds for the best one holds for the others."""
+    tests = "not isa and not instruction and not opcheck and (Linear or Mlp or Attention or Norms)"
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            "-k",
+            tests,
+            __file__,
+        ],
+        env=os.environ | {"LEANGPT_CPU_ISA": isa},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "not supported by this CPU" in process.stdout + process.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert process.returncode == 0, process.stdout
+    assert " passed" in process.stdout

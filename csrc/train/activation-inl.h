@@ -23,17 +23,14 @@ static inline Activated gelu(Vec x) {
   return {x * cdf, fma(x, density, cdf)};
 }
 
-static inline Activated activate(Vec x, Activation activation) {
-  switch (activation) {
-    case Activation::kGeluTanh:
-      return gelu_tanh(x);
-    case Activation::kGelu:
-      return gelu(x);
-    case Activation::kRelu2: {
-      const Vec positive = max(zero(), x);
-      return {positive * positive, positive + positive};
-    }
-    default:
-      return {x, broadcast(1.0f)};
-  }
+static inline Activated relu2(Vec x) {
+  const Vec positive = max(zero(), x);
+  return {positive * positive, positive + positive};
+}
+
+template <Activation kActivation>
+static inline Activated activate(Vec x) {
+  if constexpr (kActivation == Activation::kGeluTanh) return gelu_tanh(x);
+  if constexpr (kActivation == Activation::kGelu) return gelu(x);
+  if constexpr (kActivation == Activation::kRelu2) return relu2(x);
 }

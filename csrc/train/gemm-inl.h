@@ -60,9 +60,9 @@ constexpr int64_t steps_of(int64_t inputs) {
   return (inputs + Format::kInputs - 1) / Format::kInputs;
 }
 
-// Strips of `width` rows from `first` on of x, whose rows are adjacent in memory (row_stride 1), each as
-// [step][width] units at `strip_stride`. Whole Vecs are written: what is behind a step is written again
-// by the next one, or is padding.
+// Strips of `width` rows from `first` on of x, whose rows are adjacent in memory (row_stride 1),
+// each as [step][width] units at `strip_stride`. Whole Vecs are written: what is behind a step is
+// written again by the next one, or is padding.
 template <class Format, class T>
 static void pack_adjacent(const T* x, int64_t column_stride, int64_t first, int64_t count,
                           int64_t extent, int64_t inputs, int width, int64_t strip_stride,
@@ -76,6 +76,12 @@ static void pack_adjacent(const T* x, int64_t column_stride, int64_t first, int6
       for (int v = 0; v < width; v += kLanes) {
         const int64_t left = extent - row - v;
         if (left <= 0) break;
+        if constexpr (std::is_same<T, typename Format::Element>::value && Format::kInputs == 2) {
+          if (has_odd && left >= kLanes) {
+            store(at + v, Format::unit_of(even + row + v, even + column_stride + row + v));
+            continue;
+          }
+        }
         const Vec a = load_first(even + row + v, left);
         const Vec b = has_odd ? load_first(even + column_stride + row + v, left) : zero();
         store(at + v, Format::unit(a, b));
@@ -242,36 +248,35 @@ static int64_t units(int64_t inputs, Dtype compute) {
   return with_format(compute, [&](auto format) { return steps_of<decltype(format)>(inputs); });
 }
 
-template <class T>
+enum class ActivationPass { kNone, kForward, kBackward };
+
+template <class T, ActivationPass kPass, Activation kActivation>
 static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
-                      int64_t columns, const Epilogue& e) {
+                      int64_t columns, const Epilogue& epilogue) {
+  const Epilogue e = epilogue;  // a copy, which no store can change
   for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t row = (first_row + r) * e.stride + first_column;
+    T* out = static_cast<T*>(e.out) + row;
+    T* activated = static_cast<T*>(e.activated) + row;
+    const T* inner = static_cast<const T*>(e.inner) + row;
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const int64_t column = first_column + c, left = columns - c;
-      const int64_t at = (first_row + r) * e.stride + column;
+      const int64_t left = columns - c;
       Vec value = load(tile + r * kPanel + c);
-      if (e.bias) value = value + load_first(e.bias + column, left);
+      if (e.bias) value = value + load_first(e.bias + first_column + c, left);
       if (e.addend) {
         value = value + with_type(e.addend_dtype, [&](auto type) {
-                  return load_first(static_cast<const decltype(type)*>(e.addend) + at, left);
+                  return load_first(static_cast<const decltype(type)*>(e.addend) + row + c, left);
                 });
       }
-      T* out = static_cast<T*>(e.out) + at;
-      if (e.activation == Activation::kNone) {
-        store_first_elements(out, value, left);
-        continue;
-      }
-      T* activated = static_cast<T*>(e.activated) + at;
-      if (e.inner) {
-        const Activated inner =
-            activate(load_first(static_cast<const T*>(e.inner) + at, left), e.activation);
-        store_first_elements(out, value * inner.slope, left);
-        store_first_elements(activated, inner.value, left);
-      } else {
+      if constexpr (kPass == ActivationPass::kForward) {
         value = rounded<T>(value);  // what backward will see
-        store_first_elements(out, value, left);
-        store_first_elements(activated, activate(value, e.activation).value, left);
+        store_first_elements(activated + c, activate<kActivation>(value).value, left);
+      } else if constexpr (kPass == ActivationPass::kBackward) {
+        const Activated given = activate<kActivation>(load_first(inner + c, left));
+        store_first_elements(activated + c, given.value, left);
+        value = value * given.slope;
       }
+      store_first_elements(out + c, value, left);
     }
   }
 }
@@ -279,7 +284,28 @@ static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, in
 static void finish(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
                    int64_t columns, const Epilogue& e) {
   with_type(e.dtype, [&](auto type) {
-    finish_as<decltype(type)>(tile, first_row, num_rows, first_column, columns, e);
+    using T = decltype(type);
+    const auto run = [&](auto function) {
+      function(tile, first_row, num_rows, first_column, columns, e);
+    };
+    const auto run_activation = [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      if (e.inner) {
+        run(finish_as<T, ActivationPass::kBackward, kActivation>);
+      } else {
+        run(finish_as<T, ActivationPass::kForward, kActivation>);
+      }
+    };
+    switch (e.activation) {
+      case Activation::kGeluTanh:
+        return run_activation(std::integral_constant<Activation, Activation::kGeluTanh>());
+      case Activation::kGelu:
+        return run_activation(std::integral_constant<Activation, Activation::kGelu>());
+      case Activation::kRelu2:
+        return run_activation(std::integral_constant<Activation, Activation::kRelu2>());
+      default:
+        return run(finish_as<T, ActivationPass::kNone, Activation::kNone>);
+    }
   });
 }
 

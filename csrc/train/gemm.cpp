@@ -35,7 +35,8 @@ void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, D
   const int64_t wanted = round_up((m + kMaxBlockRows - 1) / kMaxBlockRows, threads);
   const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
-  // sums of inputs that need more than one pass over a panel's block stay with the whole block of rows
+  // sums of inputs that need more than one pass over a panel's block stay with the whole block of
+  // rows
   const int64_t group_rows = units <= kernel.block_steps ? tile_rows : block_rows;
   parallel_for(blocks, [&](int64_t begin, int64_t end) {
     static thread_local Buffer<float> row_buffer, tile_buffer;

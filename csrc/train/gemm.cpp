@@ -12,11 +12,13 @@ using cpu::Buffer;
 
 // Rows of a block: its left operand is packed once, and its sums with a panel stay in the L1 cache.
 constexpr int64_t kMaxBlockRows = 96;
+// Inputs of a product whose packed operands stay in the L2 cache (a block of rows) and the L3
+// cache.
+constexpr int64_t kMaxInputs = 1024;
 
-}  // namespace
-
-void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
-          const Epilogue& epilogue) {
+// All inputs at once.
+void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k,
+                  Dtype compute, const Epilogue& epilogue) {
   const Kernels& kernel = kernels();
   const int64_t width = kernel.panel_width, tile_rows = kernel.tile_rows;
   const int64_t units = kernel.units(k, compute), panels = (n + width - 1) / width;
@@ -58,6 +60,27 @@ void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, D
       }
     }
   });
+}
+
+}  // namespace
+
+void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
+          const Epilogue& epilogue) {
+  if (m == 0 || n == 0) return;
+  const bool can_add = epilogue.dtype == Dtype::kFp32 && epilogue.activation == Activation::kNone;
+  const int64_t inputs = can_add ? kMaxInputs : std::max<int64_t>(k, 1);
+  Epilogue part = epilogue;
+  const auto from = [](const Operand& x, int64_t offset) {
+    const auto* data = static_cast<const uint8_t*>(x.data) + offset * size_of(x.dtype);
+    return Operand{data, x.dtype, x.row_stride, x.column_stride};
+  };
+  for (int64_t first = 0; first == 0 || first < k; first += inputs) {
+    multiply_all(from(a, first * a.column_stride), from(b, first * b.row_stride), m, n,
+                 std::min(inputs, k - first), compute, part);
+    part.bias = nullptr;  // what follows is added
+    part.addend = part.out;
+    part.addend_dtype = part.dtype;
+  }
 }
 
 void sum_rows(const void* x, Dtype dtype, int64_t rows, int64_t n, float* out) {

@@ -1,5 +1,6 @@
-"""What setup.py decides about CUDA."""
+"""What setup.py decides about CUDA, and what came of it."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from leangpt.kernels import decode
 
 PROGRAM = """
 import runpy, setuptools
@@ -77,3 +80,13 @@ def test_an_old_toolkit(toolkit, release, reason):
 def test_a_wrong_wish():
     done = decide(LEANGPT_CUDA="yes")
     assert done.returncode and "LEANGPT_CUDA must be 0 or 1, got 'yes'" in done.stderr
+
+
+def test_the_cuda_engine_loads_without_a_gpu():
+    if not decode._CUDA_PATH.exists():
+        pytest.skip("the CUDA engine was not built")
+    library = ctypes.CDLL(str(decode._CUDA_PATH))
+    decode.declare_cuda(library)
+    if library.leangpt_check_device(0):
+        assert library.leangpt_error().startswith(b"there is no GPU to decode on: ")
+    assert library.leangpt_kv_block_size() == decode.library().leangpt_kv_block_size()

@@ -108,6 +108,8 @@ void Decoder::upload() {
   upload(&model_.head);
   model_.screen = {};  // for few rows on a CPU
   model_.screen_errors = nullptr;
+  // the last copies may still be on their way, and `stream_` does not wait for them
+  check(cudaDeviceSynchronize(), "copying the weights");
 }
 
 void Decoder::upload(Matrix* w) {
@@ -289,12 +291,12 @@ void Decoder::run(const Batch& batch, Output output, const int64_t* targets,
   std::vector<BlockCopy> copies;
   const std::vector<Row> rows = admit(batch, config_, blocks_, &copies);
   if (step_.gather(batch, rows, copies, output, targets, settings, has_graphs_)) forget_graphs();
-  reserve();
   step_.send(stream_);
-  if (!copies.empty()) {
+  if (!copies.empty()) {  // first of all: sequences have these pages now, even if the step fails
     copy_pages(cache_.at(), layer_bytes_, config_.n_layer, block_bytes_, step_.copies(),
                step_.num_copies(), stream_);
   }
+  reserve();
   const int num_outputs = static_cast<int>(batch.num_outputs);
   if (step_.shape().is_padded) {
     launch_graph();

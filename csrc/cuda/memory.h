@@ -71,6 +71,8 @@ class DeviceBuffer {
     check(cudaMalloc(&data_, bytes), "cudaMalloc");
     bytes_ = bytes;
     check(cudaMemset(data_, 0, bytes), "cudaMemset");
+    // streams that do not wait for the default one might write there before it is done
+    check(cudaStreamSynchronize(nullptr), "cudaMemset");
     return true;
   }
 

@@ -1,4 +1,4 @@
-"""How weights are stored for decoding on a CPU, and what activations they are multiplied with."""
+"""How weights are stored for decoding, and what activations they are multiplied with on a CPU; on a GPU, with bfloat16 ones."""
 
 import re
 from dataclasses import dataclass

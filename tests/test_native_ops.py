@@ -91,7 +91,14 @@ class TestAttention:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("window", [None, 1, 20], ids="window={}".format)
     @pytest.mark.parametrize(
-        "shape", [(2, 33, 33, 2, 2, 8), (1, 130, 130, 4, 2, 40), (2, 50, 77, 3, 1, 65)], ids=str
+        "shape",
+        [
+            (2, 33, 33, 2, 2, 8),
+            (1, 130, 130, 4, 2, 40),
+            (2, 50, 77, 3, 1, 65),
+            (1, 250, 266, 1, 1, 8),
+        ],
+        ids=str,
     )
     @pytest.mark.usefixtures("threads")
     def test_as_accurate_as_torch(self, shape, window, dtype):

@@ -295,7 +295,8 @@ struct HeadAttention {
     const int64_t first = keys.first_panel() * kPanel, num_keys = keys.end(keys.count - 1) - first;
     const int64_t steps = steps_of<Format>(keys.count);
     const Operand columns = {weights, a.dtype, 1, padded_keys};
-    const Rows rows = pack_rows_of<Format>(weights, columns, first, num_keys, padded_keys,
+    // a tile that ends behind the last key adds zeros there, where blocks to come have their sums
+    const Rows rows = pack_rows_of<Format>(weights, columns, first, num_keys, first + num_keys,
                                            keys.count, transposed);
     for (int64_t p = 0; p < panels_of(D); ++p) {
       multiply_panel<Format>(rows, elements + p * kPanel * steps, num_keys, D - p * kPanel, steps,

@@ -49,19 +49,10 @@ class Cuda:
         self.objects = [
             str(CUDA_FOLDER / Path(source).with_suffix(".o").name) for source in self.sources
         ]
-        # the runtime is this library's own, whatever other one the process has
-        library_dirs = [path for path in (home / "lib64", home / "lib") if path.is_dir()]
-        self.link_args = [
-            *(f"-L{path}" for path in library_dirs),
-            *(
-                "-Wl,--no-undefined",
-                "-Wl,--exclude-libs,ALL",
-                "-lcudart_static",
-                "-lrt",
-                "-ldl",
-                "-pthread",
-            ),
-        ]
+        # the runtime is this library's own, whatever other one the process has; a kernel that is missing is told here
+        options = "-Wl,--exclude-libs,ALL -Wl,--no-undefined -lcudart_static -lrt -ldl -pthread"
+        folders = [path for path in (home / "lib64", home / "lib") if path.is_dir()]
+        self.link_args = [*(f"-L{path}" for path in folders), *options.split()]
 
     def compile(self) -> None:
         """The kernels, as far as they have changed."""
@@ -203,18 +194,16 @@ def native_extensions(cuda: Cuda | None) -> list[Extension]:
         ),
     ]
     if cuda:
-        ops, engine = (
-            extensions[0],
-            Extension(
-                "leangpt.kernels._engine_cuda",
-                ["csrc/engine_cuda.cpp", *shared, *sorted(glob("csrc/cuda/*.cpp"))],
-                depends=headers,
-                language="c++",
-                py_limited_api=True,
-                extra_compile_args=[*CXX_FLAGS],
-            ),
-        )
+        ops = extensions[0]
         ops.sources.append("csrc/bindings_cuda.cpp")
+        engine = Extension(
+            "leangpt.kernels._engine_cuda",
+            ["csrc/engine_cuda.cpp", *shared, *sorted(glob("csrc/cuda/*.cpp"))],
+            depends=headers,
+            language="c++",
+            py_limited_api=True,
+            extra_compile_args=[*CXX_FLAGS],
+        )
         extensions.append(engine)
         for extension in (ops, engine):
             extension.include_dirs += cuda.include_dirs

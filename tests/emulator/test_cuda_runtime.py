@@ -167,6 +167,15 @@ def test_parameters_variables_and_kinds_of_launches(library, y):
     assert (extended.cpu() == 95).all()
 
 
+def test_libraries_have_their_own_kernels(x):
+    source = Path(__file__).with_name("same_names.cu")
+    for factor in (2, 3, 2):
+        library = cuda.library("same_names", [source], [f"-DFACTOR={factor}"])
+        x.copy_(torch.ones(100))
+        assert library.launch_multiply(x) == 0
+        assert x.cpu()[0] == factor
+
+
 def test_blocks_of_a_cooperative_launch_run_at_the_same_time(library):
     out = cuda.to_device(torch.zeros(10, dtype=torch.int32), "out")
     with cuda.settings(resident=1, preempt=20):

@@ -68,7 +68,7 @@ def finetune(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "trainable": report["num_trainable"],
         "saved_mb": saved / 1e6,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1e3,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
     }
 
 

@@ -14,6 +14,7 @@ from .tasks import Task
 # of AdamW, by method: what is added starts from nothing, and learns faster than what was pretrained
 _LEARNING_RATES = {"full": 1e-4, "prefix": 3e-3}
 _LEARNING_RATE = 1e-3
+_UNMERGED = ("prefix", "adapter")  # methods that are more than other weights
 
 
 TaskType = TypeVar("TaskType", bound=Task)
@@ -63,6 +64,8 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        if self.merge and self.method.name in _UNMERGED:
+            raise ValueError(f"{self.method.name} has no merged form: leave out merge")
         self.replay_source()
         self.train_config(num_steps=1)
 

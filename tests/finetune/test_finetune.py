@@ -149,7 +149,14 @@ def test_options_that_do_not_fit(config, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"replay": "x"}, {"replay": "x:1.5"}, {"epochs": 0}, {"val_fraction": 1}, {"batch_size": 0}],
+    [
+        {"merge": True, "method": methods.create("prefix")},
+        {"replay": "x"},
+        {"replay": "x:1.5"},
+        {"epochs": 0},
+        {"val_fraction": 1},
+        {"batch_size": 0},
+    ],
     ids=str,
 )
 def test_options_that_are_wrong(config, changes):

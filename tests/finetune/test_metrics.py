@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 (text in Chinese)
 """Metrics against scikit-learn, seqeval, sacrebleu and worked examples."""
 
+import importlib.util
 import math
 import random
 
@@ -12,6 +13,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leangpt.data.tokenizer import ByteTokenizer
 from leangpt.finetune.metrics.answers import (
     exact_match,
     rouge_l,
@@ -23,6 +25,7 @@ from leangpt.finetune.metrics.labels import LabelTable, confusion_matrix
 from leangpt.finetune.metrics.plot import confusion_png
 from leangpt.finetune.metrics.ranking import mean_reciprocal_rank, ndcg, rank_of
 from leangpt.finetune.metrics.spans import has_prefixes, single_spans, spans_of
+from leangpt.finetune.tasks import Translate
 
 LABELS = ["正面", "负面", "neutral"]
 
@@ -165,10 +168,10 @@ def test_chrf_and_bleu_are_those_of_sacrebleu():
     )
 
 
-def test_without_sacrebleu_it_is_told(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sacrebleu.metrics", None)
+def test_without_sacrebleu_it_is_told_before_the_training(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install leangpt\\[translate\\]"):
-        sacrebleu_scores(["a"], ["a"])
+        Translate().fit([], ByteTokenizer(), None)
 
 
 def test_ranking_as_scikit_learn():

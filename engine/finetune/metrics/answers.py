@@ -6,6 +6,7 @@ punctuation and English articles are gone. ROUGE (https://aclanthology.org/W04-1
 chrF and BLEU are sacrebleu's.
 """
 
+import importlib.util
 import re
 import string
 from collections import Counter
@@ -54,16 +55,16 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def sacrebleu_scores(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
-    """chrF and BLEU of a corpus, from 0 to 100, with sacrebleu's signatures; BLEU counts Chinese by character.
+def need_sacrebleu() -> None:
+    """Raise ValueError where sacrebleu is not installed."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise ValueError("chrF and BLEU need sacrebleu: pip install leangpt[translate]")
 
-    Raises:
-        ValueError: sacrebleu is not installed.
-    """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as error:
-        raise ValueError("chrF and BLEU need sacrebleu: pip install leangpt[translate]") from error
+
+def sacrebleu_scores(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
+    """chrF and BLEU of a corpus, from 0 to 100, with sacrebleu's signatures; BLEU counts Chinese by character."""
+    from sacrebleu.metrics import BLEU, CHRF
+
     is_spaceless = any(re.search(f"[{_SPACELESS}]", text) for text in wanted)
     bleu, chrf = BLEU(tokenize="zh" if is_spaceless else "13a"), CHRF()
     scores = {"chrF": chrf.corpus_score(answers, [wanted]).score}

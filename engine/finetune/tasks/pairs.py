@@ -3,11 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ...config import SamplingParams
 from ...data.tokenizer import Tokenizer
-from ..metrics.answers import exact_match, mean, rouge_l, rouge_n, sacrebleu_scores, token_f1
+from ...generation.chat import ChatTemplate
+from ..metrics.answers import (
+    exact_match,
+    mean,
+    need_sacrebleu,
+    rouge_l,
+    rouge_n,
+    sacrebleu_scores,
+    token_f1,
+)
 from ..rows import text_of
 from ..templates import encode_prompt, field_texts, fields_of
 from .base import Example, Prediction, Report
@@ -115,6 +124,12 @@ class Translate(PairTask):
     prompt: str = "{source}\n\n"
     answer_field: str = "target"
     max_answer_tokens: int = 128
+
+    def fit(
+        self, samples: Sequence[Pair], tokenizer: Tokenizer, base_template: ChatTemplate | None
+    ) -> Self:
+        need_sacrebleu()  # told before the training, not after it
+        return self
 
     def report(
         self, samples: Sequence[Pair], predictions: Sequence[Prediction], loss: float

@@ -85,8 +85,8 @@ class TorchDecoder:
             raise ValueError(f"there is no adapter {adapter}: add_adapter gives its number")
         layers = self._prefix_layers(prefix)
         length = layers[0][0].shape[1] if layers else 0
-        slot = self.cache.allocate()
         self.cache.reserve(length, length)
+        slot = self.cache.allocate()
         index, places = (torch.tensor([x], device=self.model.device) for x in (slot, range(length)))
         for layer, (keys, values) in enumerate(layers):
             self.cache.append(layer, index, places, keys, values)

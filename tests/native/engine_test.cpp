@@ -1,6 +1,7 @@
 // The decode engine without Python and torch, for the sanitizers (`make sanitize`): small random
-// models in several formats are run by random steps, and every result has the same bits as that of
-// a sequence that is read alone, token by token, on one thread.
+// models in several formats are run by random steps, some sequences with a prefix or an adapter,
+// and every result has the same bits as that of a sequence that is read alone, token by token, on
+// one thread.
 //
 //   engine_test [seeds]
 #include <cmath>
@@ -69,6 +70,14 @@ class Memory {
   std::vector<std::unique_ptr<uint8_t[]>> pieces_;
 };
 
+constexpr int kPrefix = 19;
+
+// What fine-tuning adds to a sequence.
+struct Additions {
+  int64_t prefix = 0;  // or kPrefix
+  int32_t adapter = -1;
+};
+
 class RandomModel {
  public:
   RandomModel(const Format& format, bool is_llama, uint64_t seed) : random_(seed), format_(format) {
@@ -124,9 +133,34 @@ class RandomModel {
     model.head = model.embedding;
     model.screen = {};
     model.screen_errors = nullptr;
+    for (const bool is_bottleneck : {false, true}) {
+      std::vector<LayerDeltas> deltas(c.n_layer);
+      for (int i = 0; i < c.n_layer; ++i) {
+        deltas[i].attn_out = delta(layers[i].attn_out, is_bottleneck);
+        deltas[i].mlp_out = delta(layers[i].mlp_out, is_bottleneck);
+        if (is_bottleneck) continue;
+        deltas[i].qkv = delta(layers[i].qkv, false);
+        if (i > 0) deltas[i].mlp_in = delta(layers[i].mlp_in, false);
+      }
+      adapters.push_back(deltas);
+    }
+    const int64_t numbers = int64_t{c.n_layer} * kPrefix * kv_width;
+    for (float*& array : prefix) {
+      array = memory_.take<float>(numbers);
+      for (int64_t i = 0; i < numbers; ++i) array[i] = normal();
+    }
+  }
+
+  void add_adapters(Decoder& decoder) const {
+    for (const auto& deltas : adapters) decoder.add_adapter(deltas.data());
+  }
+  int64_t add_sequence(Decoder& decoder, const Additions& a) const {
+    return decoder.add_sequence(prefix[0], prefix[1], a.prefix, a.adapter);
   }
 
   Model model;
+  std::vector<std::vector<LayerDeltas>> adapters;
+  float* prefix[2];  // keys, values
 
  private:
   float normal() { return std::normal_distribution<float>()(random_) * 0.3f; }
@@ -137,17 +171,28 @@ class RandomModel {
     return v;
   }
 
-  Matrix matrix(int n, int k, bool has_bias) {
+  Delta delta(const Matrix& w, bool is_bottleneck) {
+    const int rank = is_bottleneck ? 21 : 5;
+    Delta d = {};
+    d.down = matrix(rank, is_bottleneck ? w.n : w.k, is_bottleneck, kFormats[0]);
+    d.up = matrix(w.n, rank, is_bottleneck, kFormats[0]);
+    d.is_bottleneck = is_bottleneck;
+    return d;
+  }
+
+  Matrix matrix(int n, int k, bool has_bias) { return matrix(n, k, has_bias, format_); }
+
+  Matrix matrix(int n, int k, bool has_bias, const Format& format) {
     Matrix w = {};
-    w.kind = format_.kind;
+    w.kind = format.kind;
     w.n = n;
     w.k = k;
-    w.group = format_.group;
-    w.digits = format_.digits;
+    w.group = format.group;
+    w.digits = format.digits;
     const int64_t scales = w.panels() * w.groups() * kPanelWidth;
     auto* data = memory_.take<uint8_t>(w.panels() * w.panel_bytes());
     auto* scale_bytes = memory_.take<uint8_t>(scales * (w.group == 0 ? 4 : 2));
-    auto* minimums = format_.is_asymmetric ? memory_.take<uint16_t>(scales) : nullptr;
+    auto* minimums = format.is_asymmetric ? memory_.take<uint16_t>(scales) : nullptr;
     w.data = data;
     w.scales = scale_bytes;
     w.minimums = minimums;
@@ -211,12 +256,14 @@ std::vector<float> logits_of(Decoder& decoder, int64_t vocab_size, const Step& s
 // Logits of the last token of a text that is read one by one, and those before it.
 class OneByOne {
  public:
-  OneByOne(const Model& model, KvKind kind)
-      : decoder_(model, kind, 60), vocab_(model.config.vocab_size) {}
+  OneByOne(const RandomModel& made, KvKind kind)
+      : made_(made), decoder_(made.model, kind, 60), vocab_(made.model.config.vocab_size) {
+    made.add_adapters(decoder_);
+  }
 
   // Rows [start, end) of a text.
-  std::vector<float> operator()(const Tokens& text, int64_t start) {
-    const int64_t sequence = decoder_.blocks().add();
+  std::vector<float> operator()(const Tokens& text, int64_t start, const Additions& additions) {
+    const int64_t sequence = made_.add_sequence(decoder_, additions);
     std::vector<float> all;
     for (size_t i = 0; i < text.size(); ++i) {
       const auto row =
@@ -228,6 +275,7 @@ class OneByOne {
   }
 
  private:
+  const RandomModel& made_;
   Decoder decoder_;
   int64_t vocab_;
 };
@@ -274,10 +322,12 @@ void run_randomly(const Format& format, bool is_llama, uint64_t seed) {
   const Model& model = made.model;
   const int64_t vocab = model.config.vocab_size;
   const auto kind = static_cast<KvKind>(below(random, 3));
-  OneByOne one_by_one(model, kind);
+  OneByOne one_by_one(made, kind);
   Decoder decoder(model, kind, static_cast<int32_t>(4 + below(random, 40)));
+  made.add_adapters(decoder);
   KvBlocks& cache = decoder.blocks();
   std::map<int64_t, Tokens> texts;
+  std::map<int64_t, Additions> additions;  // of every sequence there ever was
   const auto any = [&] {
     return std::next(texts.begin(), below(random, static_cast<int64_t>(texts.size())));
   };
@@ -285,10 +335,21 @@ void run_randomly(const Format& format, bool is_llama, uint64_t seed) {
   for (int turn = 0; turn < 40; ++turn) {
     const int64_t action = below(random, 10);
     if (texts.empty() || action == 0) {
-      texts[cache.add()];
+      const Additions a = {below(random, 2) ? 0 : kPrefix,
+                           static_cast<int32_t>(below(random, 3)) - 1};
+      const int32_t free_blocks = cache.free_blocks();
+      try {
+        const int64_t sequence = made.add_sequence(decoder, a);
+        texts[sequence];
+        additions[sequence] = a;
+      } catch (const CacheFull&) {
+        CHECK(cache.free_blocks() == free_blocks);
+      }
     } else if (action == 1) {
       const auto chosen = any();
-      texts[cache.fork(chosen->first)] = Tokens(chosen->second);
+      const int64_t fork = cache.fork(chosen->first);
+      texts[fork] = Tokens(chosen->second);
+      additions[fork] = additions[chosen->first];
     } else if (action == 2) {
       const auto chosen = any();
       const int64_t length = below(random, static_cast<int64_t>(chosen->second.size()) + 1);
@@ -341,13 +402,14 @@ void run_randomly(const Format& format, bool is_llama, uint64_t seed) {
         Tokens& text = texts[piece.sequence];
         text.insert(text.end(), piece.tokens.begin(), piece.tokens.end());
         if (draws) continue;
-        const auto expected = one_by_one(text, piece.start);
+        const auto expected = one_by_one(text, piece.start, additions[piece.sequence]);
         CHECK(have_same_bits(expected, std::vector<float>(row, row + expected.size())));
         row += expected.size();
       }
     }
   }
   check_throws<std::invalid_argument>([&] { cache.drop(12345); });
+  check_throws<std::invalid_argument>([&] { made.add_sequence(decoder, {0, 2}); });
   for (const auto& [sequence, text] : texts) cache.drop(sequence);
   CHECK(cache.free_blocks() == cache.num_blocks());
 }
@@ -359,14 +421,14 @@ void run_from_several_threads() {
   const Tokens text = {1, 2, 3, 50, 100, 7, 7, 7, 0, 9};
   const auto expected = [&] {
     const auto turn = Team::get().turn();
-    return OneByOne(made.model, KvKind::kFp32)(text, 0);
+    return OneByOne(made, KvKind::kFp32)(text, 0, {});
   }();
   std::vector<std::thread> threads;
   for (int i = 0; i < 3; ++i) {
     threads.emplace_back([&] {
       for (int repeat = 0; repeat < 5; ++repeat) {
         const auto turn = Team::get().turn();
-        CHECK(have_same_bits(OneByOne(made.model, KvKind::kFp32)(text, 0), expected));
+        CHECK(have_same_bits(OneByOne(made, KvKind::kFp32)(text, 0, {}), expected));
       }
     });
   }

@@ -18,10 +18,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "int8.cuh"
 #include "kv_layout.cuh"
 #include "launch.h"
 #include "ptx.cuh"
-#include "weights.cuh"
 
 namespace leangpt::cuda {
 namespace {

@@ -151,10 +151,10 @@ __device__ __forceinline__ void finish(const Arguments& args, int row, int colum
     for (int i = 0; i < 8; ++i) x[i] = activate(x[i], out.activation);
   }
   if (row >= args.num_rows || count <= 0) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < count ? x[i] : 0.0f;
   const int64_t at = row * out.stride + column;
   if (out.bf16) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = i < count ? x[i] : 0.0f;
     *reinterpret_cast<uint4*>(out.bf16 + at) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
                                                 pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
     return;
@@ -166,8 +166,6 @@ __device__ __forceinline__ void finish(const Arguments& args, int row, int colum
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] += before[i];
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = i < count ? x[i] : 0.0f;
   store_8(to, x);
 }
 
@@ -176,7 +174,7 @@ __device__ __forceinline__ int this_warp() {
   return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
 }
 
-// Columns of a block of inputs that a thread's 16 bytes begin at.
+// The column of a block of inputs that a thread's 16 bytes begin at.
 __device__ __forceinline__ int first_column(int block) {
   return block * kBlockInputs + static_cast<int>(threadIdx.x) % 4 * 8;
 }

@@ -22,8 +22,10 @@ NVCC = shutil.which("nvcc", path=CUDA_HOME / "bin") or shutil.which("nvcc")
 if NVCC:
     CUDA_HOME = Path(NVCC).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-# without unique symbols, of which a process has one: libraries may hold kernels of the same names
-CPP_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique"]
+CPP_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-ffp-contract=off"]
+if "clang" not in COMPILER:
+    # g++ makes symbols of which a process has one, but libraries may hold kernels of the same names
+    CPP_FLAGS.append("-fno-gnu-unique")
 # the kernels as PTX that the fake runtime can read out of the object
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fno-gnu-unique", "-w"),

@@ -259,8 +259,8 @@ _DKV_TILES: Tiles = {
     (256, 4): [(16, 16, 8, 2)],
     (64, 2): [(32, 64, 4, 2), (64, 64, 4, 2)],
     (128, 2): [(16, 128, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2)],
-    # HGMMA needs 64 keys, with which dk, dv and a step's products exceed the registers of sm_90: (16, 64, 8, 2) spills 20 to
-    # 58 of them, 16 warps of 128 registers 65 or more. So dk and dv of such wide heads are of HMMA there.
+    # HGMMA needs 64 keys, with which dk, dv and a step's products exceed the registers of sm_90: (16, 64, 8, 2) has 20 to 58
+    # spills, with 16 warps of 128 registers it is 65 or more. So dk and dv of such wide heads are of HMMA there.
     (256, 2): [(32, 32, 8, 2)],
 }
 

@@ -11,6 +11,19 @@ from emulator import cuda as emulated_cuda
 
 from leangpt.kernels import decode
 
+CSRC = Path(__file__).parents[2] / "csrc"
+ENGINE = [
+    *(CSRC / name for name in ("engine_cuda.cpp", "batch.cpp", "kv_blocks.cpp")),
+    *sorted((CSRC / "cuda").glob("*.cpp")),
+    *sorted((CSRC / "cuda").glob("*.cu")),
+]
+# settings of the emulator
+SCHEDULES = {
+    "random": {"seed": 1, "preempt": 20},
+    "forward": {"order": "forward", "preempt": 0, "early_async": True},
+    "reverse": {"order": "reverse", "resident": 100, "is_deferred": True},
+}
+
 
 @pytest.fixture(scope="session")
 def _nvcc(in_ci: bool) -> None:
@@ -26,8 +39,8 @@ def _nvcc(in_ci: bool) -> None:
 def cuda(_nvcc: None) -> Iterator[ModuleType]:
     """The module emulator.cuda: libraries with kernels in them, and device memory.
 
-    A fault that was not raised as an exception fails the test; `cuda.reset()` forgets one that is expected. Memory, streams and graphs of code under test must be
-    freed; what the test itself allocated is freed here.
+    A fault that was not raised as an exception fails the test; `cuda.reset()` forgets one that is expected. Memory, streams and
+    graphs of code under test must be freed; what the test itself allocated is freed here.
     """
     emulated_cuda.reset()
     yield emulated_cuda
@@ -40,27 +53,12 @@ def cuda(_nvcc: None) -> Iterator[ModuleType]:
     assert not leaks, f"not freed: {leaks}"
 
 
-CSRC = Path(__file__).parents[2] / "csrc"
-ENGINE = [
-    *(CSRC / name for name in ("engine_cuda.cpp", "batch.cpp", "kv_blocks.cpp")),
-    *sorted((CSRC / "cuda").glob("*.cpp")),
-    *sorted((CSRC / "cuda").glob("*.cu")),
-]
-
-
 @pytest.fixture
 def emulated(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA decode engine is one that runs in the emulator."""
     library = cuda.library("engine_cuda", ENGINE)
     decode.declare_cuda(library)
     monkeypatch.setattr(decode, "cuda_library", lambda: library)
-
-
-SCHEDULES = {
-    "random": {"seed": 1, "preempt": 20},
-    "forward": {"order": "forward", "preempt": 0, "early_async": True},
-    "reverse": {"order": "reverse", "resident": 100, "is_deferred": True},
-}
 
 
 @pytest.fixture(

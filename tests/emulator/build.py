@@ -17,10 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / "build" / "emulator"
-CUDA_HOME = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
-NVCC = shutil.which("nvcc", path=CUDA_HOME / "bin") or shutil.which("nvcc")
-if NVCC:
-    CUDA_HOME = Path(NVCC).resolve().parents[1]
+
+
+def _find_cuda() -> Path | None:
+    """The CUDA toolkit: $CUDA_HOME, or where it usually is."""
+    named, found = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [Path(named)] if named else [Path("/usr/local/cuda")]
+    if found and not named:
+        places.append(Path(found).resolve().parents[1])
+    parts = ("bin/nvcc", "include/cuda_runtime_api.h")
+    return next((p for p in places if all((p / part).exists() for part in parts)), None)
+
+
+CUDA_HOME = _find_cuda()
+NVCC = str(CUDA_HOME / "bin" / "nvcc") if CUDA_HOME else None
 COMPILER = os.environ.get("CXX", "g++")
 CPP_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-ffp-contract=off"]
 if "clang" not in COMPILER:

@@ -293,14 +293,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
   return {dtotal, dx, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }
 
-// The loss ("mean", "sum", or "none": of each row), and where they are asked for the gradients of
-// hidden and weight for a gradient of 1. Logits are formed for some rows at a time.
+// The loss ("mean", "sum", or "none": of each row), and as far as they are wanted the gradients
+// of hidden and weight for a gradient of 1, else empty. Logits are formed for some rows at a time.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& weight,
                                                         const Tensor& targets, int64_t ignore_index,
                                                         c10::string_view reduction,
                                                         double label_smoothing, double z_loss,
                                                         at::ScalarType compute,
-                                                        bool with_gradients) {
+                                                        std::array<bool, 2> wanted) {
   constexpr int64_t kLogits = int64_t{1} << 24;  // 64 MB
   const Tensor rows = as_rows(hidden), w = weight.contiguous(), labels = targets.contiguous();
   const int64_t num_rows = rows.size(0), vocab_size = w.size(0), width = w.size(1);
@@ -316,9 +316,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
                              reduction == "mean" ? 1.0 / num_counted : 1.0};
 
   Tensor losses = at::zeros({num_rows}, rows.options().dtype(at::kFloat));
-  Tensor dhidden = with_gradients ? empty_of(hidden) : nothing(hidden);
-  Tensor dweight = with_gradients ? empty_of(w.sizes(), w, at::kFloat) : nothing(w);
-  if (with_gradients && num_rows == 0) dweight.zero_();
+  const bool with_gradients = wanted[0] || wanted[1];
+  Tensor dhidden = wanted[0] ? empty_of(hidden) : nothing(hidden);
+  Tensor dweight = wanted[1] ? empty_of(w.sizes(), w, at::kFloat) : nothing(w);
+  if (num_rows == 0) dweight.zero_();
   const int64_t chunk = std::max<int64_t>(1, std::min(num_rows, kLogits / vocab_size));
   Tensor logits = empty_of({chunk, vocab_size}, rows, at::kFloat);
   float* row_loss = losses.mutable_data_ptr<float>();
@@ -338,9 +339,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
         }
       }
     });
-    if (with_gradients) {
+    if (wanted[0]) {
       const Tensor dx = dhidden.view({num_rows, width}).narrow(0, first, count);
       multiply(operand(part), operand(w), vocab_size, compute, dx);
+    }
+    if (wanted[1]) {
       Epilogue sum;
       if (first > 0) sum.addend = dweight.const_data_ptr();
       multiply(operand(part).transposed(), operand(x), count, compute, dweight, sum);
@@ -384,7 +387,7 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
       "str reduction, float label_smoothing, float z_loss, ScalarType compute, "
-      "bool with_gradients) -> (Tensor, Tensor, Tensor)");
+      "bool[2] wanted) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(leangpt, CPU, m) {

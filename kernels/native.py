@@ -15,7 +15,9 @@ def _load() -> str | None:
     library = folder / f"_C-torch{torch.__version__}.so"
     if library.exists():
         torch.ops.load_library(str(library))
-        return None
+        if hasattr(torch.ops.leangpt, "linear_cross_entropy"):  # the last of them to come
+            return None
+        return "built from older sources: run `make build` or reinstall leangpt"
     others = [p.stem.removeprefix("_C-torch") for p in folder.glob("_C-torch*.so")]
     if others:
         return (

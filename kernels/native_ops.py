@@ -46,10 +46,19 @@ def mlp(
     residual: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    if activation == "swiglu" or dropout_p or x.numel() < MIN_ROWS * x.shape[-1]:
+    if x.numel() < MIN_ROWS * x.shape[-1]:
         return reference.mlp(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
-    dtype = compute_dtype(x)
-    return torch.ops.leangpt.mlp(x, w_in, b_in, w_out, b_out, residual, activation, dtype)[0]
+    if activation == "swiglu":
+        out = linear(reference.activate(linear(x, w_in, b_in), activation), w_out, b_out)
+    else:
+        addend = None if dropout_p else residual
+        out = torch.ops.leangpt.mlp(
+            x, w_in, b_in, w_out, b_out, addend, activation, compute_dtype(x)
+        )[0]
+        if addend is not None:
+            return out
+    out = F.dropout(out, dropout_p)
+    return out if residual is None else residual + out
 
 
 def attention(
@@ -117,10 +126,9 @@ def linear_cross_entropy(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if (
-        reduction == "none" and needs_grad
-    ):  # gradients are formed before those of the losses are known
+    # gradients are formed with the loss, before that of the loss is known: it has to be one number
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    if reduction == "none" and any(wanted):
         return reference.linear_cross_entropy(
             hidden, weight, targets, ignore_index, reduction, label_smoothing, z_loss
         )
@@ -133,7 +141,7 @@ def linear_cross_entropy(
         label_smoothing,
         z_loss,
         compute_dtype(hidden),
-        needs_grad,
+        wanted,
     )[0]
 
 
@@ -269,13 +277,15 @@ def _register() -> None:
         label_smoothing,
         z_loss,
         compute,
-        with_gradients,
+        wanted,
     ):
         shape = targets.shape if reduction == "none" else ()
         loss = hidden.new_empty(shape, dtype=torch.float32)
-        if with_gradients:
-            return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-        return loss, hidden.new_empty(0), weight.new_empty(0)
+        gradients = (
+            t.new_empty(t.shape if is_wanted else 0)
+            for t, is_wanted in zip((hidden, weight), wanted, strict=True)
+        )
+        return loss, *gradients
 
     def keep_gradients(ctx, inputs, output):
         ctx.save_for_backward(*output[1:])

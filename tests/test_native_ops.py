@@ -79,12 +79,21 @@ class TestMlp:
 
         check_op(call, [randn(50, 24), randn(100, 24), randn(24, 100)], "native")
 
-    def test_what_has_no_kernel_runs_on_the_reference(self):
-        x, w_in, w_out = randn(40, 8), randn(12, 8), randn(8, 6)
+    def test_a_gate(self):
+        def call(x, w_in, w_out, residual):
+            return ops.mlp(x, w_in, None, w_out, None, "swiglu", residual=residual)
+
+        check_op(call, [randn(40, 8), randn(12, 8), randn(8, 6), randn(40, 8)], "native")
+
+    def test_dropout_before_the_residual(self):
+        x, identity, residual = randn(50, 64).abs(), torch.eye(64), randn(50, 64)
         with use_backend("native"):
-            out = ops.mlp(x, w_in, None, w_out, None, "swiglu")
-        with use_backend("reference"):
-            torch.testing.assert_close(out, ops.mlp(x, w_in, None, w_out, None, "swiglu"))
+            out = ops.mlp(
+                x.sqrt(), identity, None, identity, None, "relu2", residual=residual, dropout_p=0.3
+            )
+        kept = out != residual
+        torch.testing.assert_close(out, residual + torch.where(kept, x / 0.7, 0.0))
+        assert 0.65 < kept.float().mean() < 0.75
 
 
 class TestAttention:
@@ -183,6 +192,11 @@ class TestLinearCrossEntropy:
         hidden, weight, targets = randn(3, 9, 4), randn(V, 4), torch.randint(V, (3, 9))
         check_op(lambda h, w: ops.linear_cross_entropy(h, w, targets), [hidden, weight], "native")
 
+    def test_a_frozen_weight(self):
+        hidden, weight, targets = randn(40, 9), randn(30, 9), torch.randint(30, (40,))
+        check_op(lambda h: ops.linear_cross_entropy(h, weight.to(h), targets), [hidden], "native")
+        check_op(lambda w: ops.linear_cross_entropy(hidden.to(w), w, targets), [weight], "native")
+
     def test_losses_of_rows(self):
         hidden, weight, targets = randn(2, 30, 16), randn(90, 16), torch.randint(90, (2, 30))
         targets[0, :5] = 7
@@ -216,7 +230,7 @@ ARGUMENTS = {
     "normalize": lambda x, w, dtype: (x.to(dtype), x, w[0], w[1], 1e-5, False),
     "attention": lambda x, w, dtype: (*(x.view(2, 20, 2, 8).to(dtype) for _ in range(3)), 9, 0.3),
     "linear_cross_entropy": lambda x, w, dtype: (
-        *(x, w, torch.randint(24, (2, 20)), -100, "mean", 0.1, 0.0, dtype, True),
+        *(x, w, torch.randint(24, (2, 20)), -100, "mean", 0.1, 0.0, dtype, [True, True]),
     ),
 }
 

@@ -27,6 +27,7 @@ def native_rms_norm(monkeypatch):
     monkeypatch.setitem(dispatch._modules, "native", backend)
     monkeypatch.setattr(native, "unavailable_reason", None)
     monkeypatch.setattr(native, "OPS", frozenset({"rms_norm"}))
+    monkeypatch.setattr(native, "DIFFERENTIABLE", frozenset())
     return backend
 
 
@@ -56,6 +57,7 @@ def test_use_backend_forces_and_restores(native_rms_norm):
     assert native_rms_norm.calls == ["rms_norm"]
 
 
+@pytest.mark.usefixtures("native_rms_norm")
 def test_forced_backend_says_what_it_cannot_run():
     with use_backend("triton"), pytest.raises(RuntimeError, match=r"rms_norm: .*Triton .*no GPU"):
         ops.rms_norm(X, W)
@@ -95,6 +97,7 @@ def test_description_names_every_backend():
 def triton_on_cpu(monkeypatch):
     backend = Recorder()
     backend.linear = lambda *arguments: backend.calls.append("linear")
+    monkeypatch.setattr(native, "OPS", frozenset())
     monkeypatch.setitem(dispatch._modules, "triton", backend)
     monkeypatch.setattr(dispatch, "triton_devices", {"cpu"})
     monkeypatch.setattr(dispatch, "triton_unavailable_reason", None)

@@ -99,8 +99,8 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
         arguments = (Empty((B, T, H_qkv, D)), angles, angles, H_kv)
         yield case("rotary_qkv", *arguments, None, None, 0.0)
         if config.qk_norm:
-            weights = Empty((D,)), Empty((D,))
-            yield case("rotary_qkv", *arguments, *weights, config.norm_eps, note=" norm")
+            norms = Empty((D,)), Empty((D,))
+            yield case("rotary_qkv", *arguments, *norms, config.norm_eps, note=" norm")
 
     q, k, v = heads(H), heads(H_kv), heads(H_kv)
     flops = attention_flops()
@@ -118,8 +118,8 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     flops = linear_flops(fused_F + F, C)
     for dropout_p, note in dropouts.items():
         yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
-    arguments = (x, *weights, config.activation, stream, config.dropout)
-    yield case("mlp", *arguments, note=" autocast", flops=flops)
+    options = config.activation, stream, config.dropout
+    yield case("mlp", x, *weights, *options, note=" autocast", flops=flops)
 
     # the gradients of the mean are computed in forward
     flops = (sum(linear_flops(V, C)), 0.0)

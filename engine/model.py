@@ -123,8 +123,8 @@ class Block(nn.Module):
         # (B, T, H or H_kv, D)
         if rope is not None:
             norms = self.q_norm, self.k_norm
-            weights = [None if norm is None else norm.weight for norm in norms]
-            q, k, v = ops.rotary_qkv(qkv, *rope, H_kv, *weights, self.config.norm_eps)
+            q_weight, k_weight = (None if norm is None else norm.weight for norm in norms)
+            q, k, v = ops.rotary_qkv(qkv, *rope, H_kv, q_weight, k_weight, self.config.norm_eps)
         else:
             q, k, v = qkv.split((H, H_kv, H_kv), dim=2)
             if self.q_norm is not None and self.k_norm is not None:

@@ -68,8 +68,11 @@ def mlp(
     residual: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    def product(*tensors: Any) -> Tensor:
-        return triton_mlp.mlp(*tensors, activation, residual, dropout_p)
+    def product(
+        x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
+    ) -> Tensor:
+        # the residual keeps its dtype within autocast
+        return triton_mlp.mlp(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
 
     return _product(product)(x, w_in, b_in, w_out, b_out)
 

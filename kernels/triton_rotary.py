@@ -202,7 +202,7 @@ def _rotary_qkv_norm_bwd_kernel(
     zeros = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
     dw_q1, dw_q2, dw_k1, dw_k2 = zeros, zeros, zeros, zeros
     for i in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        token = i.to(tl.int64)
+        token = tl.cast(i, tl.int64)
         cos, sin = _load_angles(
             cos_ptr, sin_ptr, token, T, stride_angle_batch, HALF_D, BLOCK_H, BLOCK_D
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from leangpt import GPT, GPTConfig, RopeScaling
+from leangpt.kernels import use_backend
 from leangpt.pretrained import load_model, resolve_model, save_pretrained
 from leangpt.pretrained.huggingface import GPT2_MODULES
 from leangpt.pretrained.layout import Names, parts
@@ -52,6 +53,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_reference() -> Iterator[None]:
+    """What is read is tested, on the ops of transformers: with weights of mean 0.5, float32 errs by as much as the bounds."""
+    with use_backend("reference"):
+        yield
 
 
 def random_model(config: GPTConfig) -> GPT:

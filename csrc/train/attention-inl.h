@@ -114,7 +114,8 @@ struct HeadAttention {
     }
   }
 
-  // f(key, is_whole) for each Vec of keys of the block, zeros where the query sees none of it.
+  // f(key, begin, end) for the first key of each Vec of keys that the query sees some of: those
+  // from `begin` on and before `end`.
   template <class F>
   static void each_vec(const KeyRange& keys, int64_t query, const F& f) {
     const int64_t begin = keys.begin(query), end = keys.end(query);

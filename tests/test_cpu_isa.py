@@ -16,7 +16,8 @@ from leangpt.kernels import decode
 pytestmark = pytest.mark.usefixtures("native_engine")
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-OBJECTS = Path(__file__).resolve().parents[1] / "build" / "temp" / "csrc"
+BUILT = Path(__file__).resolve().parents[1] / "build" / "temp"
+KERNELS = (BUILT / "_engine" / "csrc" / "cpu", BUILT / "_C" / "csrc" / "train")  # objects
 # no float64 torch here: each ISA is compared with the float32 torch model; its products of bf16 round activations
 PROGRAM = """
 import sys
@@ -109,9 +110,10 @@ def test_bits_and_accuracy(isa):
 
 def tool(name: str, in_ci: bool) -> str:
     path = shutil.which(name)
-    if path is None or not OBJECTS.is_dir():
-        assert not in_ci, f"CI must scan the objects: {name} or {OBJECTS} is missing"
-        pytest.skip(f"{name} or {OBJECTS} is missing")
+    missing = [what for what in KERNELS if not what.is_dir()] + ([] if path else [name])
+    if path is None or missing:
+        assert not in_ci, f"CI must scan the objects: {missing} are missing"
+        pytest.skip(f"{missing} are missing")
     return path
 
 
@@ -119,26 +121,31 @@ def output_of(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("folder", KERNELS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
-def test_no_function_of_a_wide_isa_can_stand_for_a_common_one(isa, in_ci):
+def test_no_function_of_a_wide_isa_can_stand_for_a_common_one(isa, folder, in_ci):
     """Weak symbols are merged over all objects: the linker might keep the one that not every CPU can run."""
-    symbols = output_of(tool("nm", in_ci), "-C", OBJECTS / "cpu" / f"kernels_{isa}.o")
+    symbols = output_of(tool("nm", in_ci), "-C", folder / f"kernels_{isa}.o")
     assert "kTable" in symbols
-    assert [
-        line for line in symbols.splitlines() if re.search(r"^[0-9a-f ]{16} [WVu] ", line)
-    ] == []
+    weak = re.findall(r"^[0-9a-f ]{16} [WVu] (.*)", symbols, re.MULTILINE)
+    own = re.compile(rf"leangpt::\w+::{isa}::")  # of this instruction set by its name
+    assert [name for name in weak if not own.match(name)] == []
 
 
 def test_common_code_uses_no_wide_registers(in_ci):
     objdump = tool("objdump", in_ci)
     common = [
-        p for p in OBJECTS.rglob("*.o") if "kernels_avx" not in p.name and p.name != "bindings.o"
+        path
+        for folder in (BUILT / "_engine", BUILT / "_C")
+        for path in folder.rglob("*.o")
+        if not path.name.startswith(("kernels_avx", "bindings"))
     ]
-    assert {"engine.o", "decoder.o", "kernels_portable.o"} <= {p.name for p in common}
+    assert {"engine.o", "decoder.o", "gemm.o", "kernels_portable.o"} <= {p.name for p in common}
     wide = re.compile(r"%[yz]mm|\sv[a-z0-9]+\s.*%xmm")  # registers, and VEX or EVEX instructions
     for path in common:
         code = output_of(objdump, "-d", "--no-show-raw-insn", path)
         assert code.count("\n") > 10
         assert [line for line in code.splitlines() if wide.search(line)] == [], path
-    checked = output_of(objdump, "-d", "--no-show-raw-insn", OBJECTS / "cpu" / "kernels_avx512.o")
-    assert wide.search(checked)  # the scan sees them where they are
+    for folder in KERNELS:  # the scan sees them where they are
+        checked = output_of(objdump, "-d", "--no-show-raw-insn", folder / "kernels_avx512.o")
+        assert wide.search(checked)

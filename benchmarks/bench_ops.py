@@ -104,6 +104,11 @@ def cases(B: int = 8) -> list[Case]:
         ops.adamw_step([param], [grad], [exp_avg], [exp_avg_sq.abs_()], step=10, **options)
         return param, exp_avg, exp_avg_sq
 
+    def muon(param: Tensor, grad: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = buffer.float() if buffer.dtype == torch.bfloat16 else buffer
+        ops.muon_step([param], [grad], [buffer], lr=1e-3, momentum=0.95, weight_decay=0.1)
+        return param, buffer
+
     return [
         Case("embedding", f"{N}x{C}", N, ((V, C),), lambda w: ops.embedding(tokens, w)),
         Case("layer_norm", f"{N}x{C}", N, ((N, C), (C,), (C,)), ops.layer_norm),
@@ -194,6 +199,23 @@ def cases(B: int = 8) -> list[Case]:
             is_differentiable=False,
         ),
         Case("adamw_step", f"{N}x{C}", N, ((N, C),) * 4, adamw, is_differentiable=False),
+        Case(
+            "muon_step",
+            f"{F_}x{C}",
+            N,
+            ((F_, C),) * 3,
+            muon,
+            flops=5 * (4 * F_ * C**2 + 2 * C**3),
+            is_differentiable=False,
+        ),
+        Case(
+            "grad_norm",
+            f"{N}x{C}",
+            N,
+            ((N, C),),
+            lambda grad: ops.grad_norm([grad]),
+            is_differentiable=False,
+        ),
     ]
 
 

@@ -9,11 +9,13 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/buffer.h"
 #include "train/attention.h"
 #include "train/gemm.h"
 #include "train/norm.h"
+#include "train/optimizer.h"
 #include "train/parallel.h"
 
 namespace leangpt::train {
@@ -360,6 +362,88 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
   return {result, dhidden, dweight.to(w.scalar_type())};
 }
 
+float scale_of(const optional<Tensor>& scale) { return scale ? scale->item().toFloat() : 1.0f; }
+
+// Tensors to change in place: each as it is where its elements lie behind each other, else a copy,
+// which goes back at the end.
+class Changed {
+ public:
+  explicit Changed(at::TensorList tensors) : tensors_(tensors) {
+    for (const Tensor& tensor : tensors) packed_.push_back(tensor.contiguous());
+  }
+  void* data(size_t i) const { return packed_[i].mutable_data_ptr(); }
+  float* floats(size_t i) const { return packed_[i].mutable_data_ptr<float>(); }
+  void finish() const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (packed_[i].is_same(tensors_[i])) {
+        tensors_[i].unsafeGetTensorImpl()->bump_version();
+      } else {
+        tensors_[i].copy_(packed_[i]);
+      }
+    }
+  }
+
+ private:
+  at::TensorList tensors_;
+  std::vector<Tensor> packed_;
+};
+
+std::vector<Tensor> packed(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(tensor.contiguous());
+  return result;
+}
+
+void adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                at::TensorList exp_avg_sqs, at::TensorList masters, int64_t step, double lr,
+                double beta1, double beta2, double eps, double weight_decay,
+                const optional<Tensor>& grad_scale) {
+  const double number = static_cast<double>(step);
+  const AdamW factors = {scale_of(grad_scale),
+                         static_cast<float>(lr * weight_decay),
+                         static_cast<float>(lr / (1 - std::pow(beta1, number))),
+                         static_cast<float>(1 - beta1),
+                         static_cast<float>(1 - beta2),
+                         static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, number))),
+                         static_cast<float>(eps)};
+  const Changed param(params), exp_avg(exp_avgs), exp_avg_sq(exp_avg_sqs), master(masters);
+  const std::vector<Tensor> grad = packed(grads);
+  std::vector<AdamWPart> tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    tensors.push_back({param.data(i), grad[i].const_data_ptr(), exp_avg.floats(i),
+                       exp_avg_sq.floats(i), masters.empty() ? nullptr : master.floats(i),
+                       dtype_of(params[i]), dtype_of(grad[i]), grad[i].numel()});
+  }
+  adamw(factors, tensors);
+  for (const Changed* changed : {&param, &exp_avg, &exp_avg_sq, &master}) changed->finish();
+}
+
+void muon_step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               double lr, double momentum, double weight_decay,
+               const optional<Tensor>& grad_scale) {
+  const Muon factors = {scale_of(grad_scale), static_cast<float>(momentum), static_cast<float>(lr),
+                        static_cast<float>(weight_decay)};
+  const Changed param(params), buffer(momentum_buffers);
+  const std::vector<Tensor> grad = packed(grads);
+  std::vector<MuonMatrix> matrices;
+  for (size_t i = 0; i < params.size(); ++i) {
+    matrices.push_back({param.floats(i), grad[i].const_data_ptr<float>(), buffer.floats(i),
+                        grad[i].size(0), grad[i].size(1)});
+  }
+  muon(factors, std::move(matrices));
+  param.finish();
+  buffer.finish();
+}
+
+Tensor grad_norm(at::TensorList grads) {
+  const std::vector<Tensor> kept = packed(grads);
+  std::vector<Elements> tensors;
+  for (const Tensor& grad : kept) {
+    tensors.push_back({grad.const_data_ptr(), dtype_of(grad), grad.numel()});
+  }
+  return at::scalar_tensor(std::sqrt(sum_squares(tensors)), kept[0].options().dtype(at::kFloat));
+}
+
 }  // namespace
 }  // namespace leangpt::train
 
@@ -388,6 +472,14 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
       "str reduction, float label_smoothing, float z_loss, ScalarType compute, "
       "bool[2] wanted) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, int step, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, Tensor? grad_scale) -> ()");
+  m.def(
+      "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, "
+      "float momentum, float weight_decay, Tensor? grad_scale) -> ()");
+  m.def("grad_norm(Tensor[] grads) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
@@ -400,4 +492,7 @@ TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
   m.impl("normalize", &leangpt::train::normalize);
   m.impl("normalize_backward", &leangpt::train::normalize_backward);
   m.impl("linear_cross_entropy", &leangpt::train::linear_cross_entropy);
+  m.impl("adamw_step", &leangpt::train::adamw_step);
+  m.impl("muon_step", &leangpt::train::muon_step);
+  m.impl("grad_norm", &leangpt::train::grad_norm);
 }

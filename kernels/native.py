@@ -15,7 +15,7 @@ def _load() -> str | None:
     library = folder / f"_C-torch{torch.__version__}.so"
     if library.exists():
         torch.ops.load_library(str(library))
-        if hasattr(torch.ops.leangpt, "linear_cross_entropy"):  # the last of them to come
+        if hasattr(torch.ops.leangpt, "muon_step"):  # the last of them to come
             return None
         return "built from older sources: run `make build` or reinstall leangpt"
     others = [p.stem.removeprefix("_C-torch") for p in folder.glob("_C-torch*.so")]
@@ -28,9 +28,10 @@ def _load() -> str | None:
 
 
 unavailable_reason = _load()
-# the ops of ops.py that the loaded extension implements
+# the ops of ops.py that the loaded extension implements, and those of them with a native backward
 OPS: frozenset[str] = frozenset()
+DIFFERENTIABLE: frozenset[str] = frozenset()
 if unavailable_reason is None:
-    OPS |= {"add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear"}
-    OPS |= {"linear_cross_entropy", "mlp", "rms_norm"}
-DIFFERENTIABLE = OPS  # those with a native backward
+    DIFFERENTIABLE |= {"add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear"}
+    DIFFERENTIABLE |= {"linear_cross_entropy", "mlp", "rms_norm"}
+    OPS = DIFFERENTIABLE | {"adamw_step", "grad_norm", "muon_step"}

@@ -6,6 +6,7 @@ and their gradients are float32 sums that no bfloat16 stands between. Where an o
 reference is faster, the reference runs. Gradients have no gradients of their own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,6 +146,53 @@ def linear_cross_entropy(
     )[0]
 
 
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    if not _all_in(DTYPES, grads):
+        return reference.grad_norm(grads)
+    return torch.ops.leangpt.grad_norm(grads)
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+) -> None:
+    if not _all_in(DTYPES, [*params, *grads]):
+        reference.adamw_step(
+            params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, betas, eps, weight_decay, grad_scale
+        )  # fmt: skip
+        return
+    torch.ops.leangpt.adamw_step(
+        params, grads, exp_avgs, exp_avg_sqs, masters or [], step, lr, *betas, eps, weight_decay, grad_scale
+    )  # fmt: skip
+
+
+def muon_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+) -> None:
+    is_native = _all_in((torch.float32,), [*params, *grads])
+    run = torch.ops.leangpt.muon_step if is_native else reference.muon_step
+    run(params, grads, momentum_buffers, lr, momentum, weight_decay, grad_scale)
+
+
+def _all_in(dtypes: tuple[torch.dtype, ...], tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.dtype in dtypes for tensor in tensors)
+
+
 def _register() -> None:
     """The fake implementation and the gradients of each op."""
     ops, register_fake = torch.ops.leangpt, torch.library.register_fake
@@ -266,6 +314,15 @@ def _register() -> None:
         return dx, dresidual, dweight, dbias if ctx.needs_input_grad[3] else None, None, None
 
     register_autograd("normalize", normalize_backward, keep_norm)
+
+    @register_fake("leangpt::grad_norm")
+    def _(grads):
+        return grads[0].new_empty((), dtype=torch.float32)
+
+    @register_fake("leangpt::adamw_step")
+    @register_fake("leangpt::muon_step")
+    def _(*args):
+        return None
 
     @register_fake("leangpt::linear_cross_entropy")
     def _(

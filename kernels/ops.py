@@ -3,7 +3,8 @@
 Shapes: B batch, T query length, S key length, H heads, D head_dim, C n_embd, F n_inner, V vocab. Floating-point tensors
 are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Within
 `torch.autocast`, what is added to a residual may be narrower than it: sums have the wider dtype. Every op is
-differentiable in its floating-point tensors, but for `adamw_step`, `sample` and `penalize`.
+differentiable in its floating-point tensors, but for `adamw_step`,
+`muon_step`, `grad_norm`, `sample` and `penalize`.
 """
 
 from collections.abc import Sequence
@@ -434,6 +435,38 @@ def linear_cross_entropy(
     )
 
 
+def _check_lists(op: str, params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]]) -> None:
+    """Each list has a tensor for each parameter, of its shape; all but gradients are float32 or wider."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{op}: {name} must be {len(params)} tensors, got {len(tensors)}")
+        for param, tensor in zip(params, tensors, strict=True):
+            _check_shape(op, f"each of {name}", tensor, tuple(param.shape))
+            wide = torch.promote_types(param.dtype, torch.float32)
+            if name != "grads" and tensor.dtype != wide:
+                raise ValueError(
+                    f"{op}: each of {name} must be {wide} for {param.dtype}, got {tensor.dtype}"
+                )
+
+
+@torch.no_grad()
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all elements of many tensors, summed in float64: what clipping compares with its limit.
+
+    Args:
+        grads: at least one, of any shapes and floating-point dtypes, on one device.
+
+    Returns:
+        Scalar, float32 (float64 if the first is).
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    if not grads:
+        raise ValueError("grad_norm: grads must be at least 1 tensor, got none")
+    return select("grad_norm", *grads).grad_norm(grads)
+
+
 @torch.no_grad()
 def adamw_step(
     params: Sequence[Tensor],
@@ -481,24 +514,59 @@ def adamw_step(
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if masters is not None:
         lists["masters"] = masters
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(
-                f"adamw_step: {name} must be {len(params)} tensors, got {len(tensors)}"
-            )
-        for param, tensor in zip(params, tensors, strict=True):
-            _check_shape("adamw_step", f"each of {name}", tensor, tuple(param.shape))
-            wide = torch.promote_types(param.dtype, torch.float32)
-            if name != "grads" and tensor.dtype != wide:
-                raise ValueError(
-                    f"adamw_step: each of {name} must be {wide} for {param.dtype}, got {tensor.dtype}"
-                )
+    _check_lists("adamw_step", params, lists)
     if not params:
         return
     backend = select("adamw_step", *params)
     backend.adamw_step(
         params, grads, exp_avgs, exp_avg_sqs, masters, step, lr, betas, eps, weight_decay, grad_scale
     )  # fmt: skip
+
+
+@torch.no_grad()
+def muon_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One step of Muon on many matrices, in place: the update is the momentum with its singular values made about equal.
+
+    With `g = grad * grad_scale`, `buffer = momentum buffer + (1 - momentum) g` and (Nesterov) `u = momentum buffer +
+    (1 - momentum) g`, param becomes `(1 - lr weight_decay) param - 0.2 sqrt(max(rows, columns)) lr orthogonalize(u)`, see
+    `reference.orthogonalize`: as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, whose steps are as long as those
+    of AdamW at the same `lr`, but in float32, where that one rounds to bfloat16.
+
+    Args:
+        params: `(rows, columns)` each; changed in place.
+        grads: of the shapes of `params`.
+        momentum_buffers: of the shapes of `params`, float32 (float64 for doubles); changed in place, at first zeros.
+        lr: learning rate.
+        momentum: how much the buffers keep of a step, in [0, 1); 0.95 is usual.
+        weight_decay: times `lr`, the share of a parameter that is taken off at a step.
+        grad_scale: scalar on the device of `params`, such as what clips the norm of the gradients.
+
+    Raises:
+        ValueError: lists differ in length, a shape or a dtype does not fit, or a parameter is no matrix.
+
+    References: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the factor of lr: Liu et al., 2025,
+    https://arxiv.org/abs/2502.16982
+    """
+    _check_shape("muon_step", "grad_scale", grad_scale, ())
+    _check_lists("muon_step", params, {"grads": grads, "momentum_buffers": momentum_buffers})
+    for param in params:
+        if param.ndim != 2:
+            raise ValueError(
+                f"muon_step: each of params must be (rows, columns), got {tuple(param.shape)}"
+            )
+    if not params:
+        return
+    backend = select("muon_step", *params)
+    backend.muon_step(params, grads, momentum_buffers, lr, momentum, weight_decay, grad_scale)
 
 
 @torch.no_grad()

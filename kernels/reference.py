@@ -210,6 +210,41 @@ def adamw_step(
         param.copy_(wide)
 
 
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    return torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().to(wide)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """U V^T of a matrix U S V^T, roughly: five Newton-Schulz steps bring the singular values to about 0.7 to 1.2."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    x = x.mT if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+) -> None:
+    for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
+        grad = grad.to(buffer.dtype)
+        if grad_scale is not None:
+            grad = grad * grad_scale
+        buffer.lerp_(grad, 1 - momentum)
+        update = orthogonalize(grad.lerp(buffer, momentum))
+        wide = param.to(buffer.dtype)
+        wide = wide - lr * weight_decay * wide
+        param.copy_(wide - 0.2 * math.sqrt(max(param.shape)) * lr * update)
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, ...]:
     """Philox4x32-10: four 32-bit words (int64 tensors in [0, 2**32)) from a 128-bit counter and a 64-bit seed.
 

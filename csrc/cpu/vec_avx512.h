@@ -23,6 +23,7 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c
 static inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+static inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 static inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 

@@ -53,6 +53,12 @@ static inline Vec min(Vec x, Vec y) {
           x.d < y.d ? x.d : y.d};
 }
 static inline Vec abs(Vec x) { return max(x, zero() - x); }
+static inline Vec sqrt(Vec x) {
+  float lanes[16];
+  store(lanes, x);
+  for (float& lane : lanes) lane = std::sqrt(lane);
+  return load(lanes);
+}
 static inline float reduce_add(Vec x) {
   const Float4 s = (x.a + x.c) + (x.b + x.d);
   return (s[0] + s[2]) + (s[1] + s[3]);

@@ -7,6 +7,7 @@
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
 #include "norm-inl.h"
+#include "optimizer-inl.h"
 // clang-format on
 
 const Kernels kTable = {
@@ -17,5 +18,6 @@ const Kernels kTable = {
     sum_rows,          attention_scratch,
     attention_forward, attention_backward,
     norm_forward,      norm_backward,
-    cross_entropy,
+    cross_entropy,     adamw,
+    sum_squares,
 };

@@ -85,6 +85,26 @@ struct CrossEntropy {
   double factor;  // of all losses and gradients
 };
 
+// A step of AdamW, see optimizer-inl.h, with factors that depend on its number.
+struct AdamW {
+  float grad_scale;
+  float decay;      // learning rate * weight decay
+  float step_size;  // learning rate / (1 - beta1^step)
+  float one_minus_beta1, one_minus_beta2;
+  float second_correction;  // 1 / sqrt(1 - beta2^step)
+  float eps;
+};
+
+// Elements of a parameter and what a step of AdamW needs of them.
+struct AdamWPart {
+  void* param;
+  const void* grad;
+  float *exp_avg, *exp_avg_sq;
+  float* master;  // null: `param` is stepped itself
+  Dtype dtype, grad_dtype;
+  int64_t size;
+};
+
 struct Kernels {
   int tile_rows;    // rows of a product are computed in such tiles
   int panel_width;  // columns likewise
@@ -123,6 +143,9 @@ struct Kernels {
   // The loss of a row of n logits, which become their gradients if those are asked for.
   float (*cross_entropy)(const CrossEntropy& loss, float* logits, int64_t n, int64_t target,
                          bool with_gradient);
+
+  void (*adamw)(const AdamW& step, const AdamWPart& part);
+  double (*sum_squares)(const void* x, Dtype dtype, int64_t n);
 };
 
 const Kernels& kernels();  // of the active ISA, see ../cpu/isa.h

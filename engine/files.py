@@ -5,9 +5,10 @@ Everything is written beside its destination, synced to the disk, and renamed.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +44,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     A folder that stands at `path` already is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_kill(path)
+    mend_after_kill(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -63,16 +64,26 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _clean_up_after_kill(path: Path) -> None:
+def mend_after_kill(path: Path) -> None:
     """Put back a folder that a killed process had moved aside but not replaced, and delete what it left half written."""
-    for replaced in path.parent.glob(f".{path.name}.*.old"):
+    for replaced, _ in _leftovers(path, "old"):
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
-            replaced.rename(path)
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        if not _is_running(int(temporary.suffixes[-2][1:])):
+            with suppress(FileNotFoundError):  # another process of the same group was quicker
+                replaced.rename(path)
+    for temporary, process in _leftovers(path, "tmp"):
+        if not _is_running(process):
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _leftovers(path: Path, suffix: str) -> list[tuple[Path, int]]:
+    """What processes left beside a path, and their numbers; not beside one whose name begins in the same way."""
+    if not path.parent.is_dir():
+        return []
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{suffix}")
+    matches = [(found, pattern.fullmatch(found.name)) for found in sorted(path.parent.iterdir())]
+    return [(found, int(match[1])) for found, match in matches if match]
 
 
 def _is_running(process: int) -> bool:

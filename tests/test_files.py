@@ -62,3 +62,12 @@ def test_another_running_process_keeps_its_folder(tmp_path):
     with atomic_directory(tmp_path / "folder"):
         pass
     assert other.exists()
+
+
+def test_what_a_kill_left_of_another_folder_is_left_alone(tmp_path):
+    """`run` is mended, and `run.checkpoint`, whose name begins in the same way, is not taken for what is left of it."""
+    other = tmp_path / f".run.checkpoint.{DEAD}.old"
+    other.mkdir()
+    with atomic_directory(tmp_path / "run"):
+        pass
+    assert names(tmp_path) == [other.name, "run"]

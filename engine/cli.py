@@ -169,6 +169,7 @@ def _take_option(argv: Sequence[str], name: str, default: str) -> tuple[str, lis
 
 def _finetune(argv: Sequence[str]) -> None:
     from .finetune import TASKS, FinetuneConfig, finetune
+    from .finetune.checkpoint import has_checkpoint, load_options
     from .finetune.methods import METHODS
 
     usage = f"usage: leangpt finetune TASK --data FILE [OPTIONS]\n\nTASK: {', '.join(TASKS)}\n--method: {', '.join(METHODS)}"
@@ -179,12 +180,22 @@ def _finetune(argv: Sequence[str]) -> None:
         raise SystemExit(0 if argv else 2)
     if argv[0] not in TASKS:
         raise ValueError(f"there is no task {argv[0]!r}\n\n{usage}")
+    task = TASKS[argv[0]]
+    default = FinetuneConfig(task(), METHODS["full"]())
+    out = Path(_take_option(argv, "--out", str(default.out))[0])
+    if "--resume" in argv and has_checkpoint(out):  # the defaults are what it was started with
+        default = dataclasses.replace(load_options(out), out=out, overwrite=False)
+        if default.task.name != task.name:
+            raise ValueError(
+                f"{out}: the training that was begun is of the task {default.task.name}"
+            )
     # --method has options of its own, so it is read first
-    name, rest = _take_option(argv[1:], "--method", "full")
+    name, rest = _take_option(argv[1:], "--method", default.method.name)
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    task, method = TASKS[argv[0]], METHODS[name]
-    default = FinetuneConfig(task(), method())
+    method = METHODS[name]
+    if name != default.method.name:
+        default = dataclasses.replace(default, method=method())
     description = f"Fine-tune a model for {task.name}, by {name}.\n\n--method {{{','.join(METHODS)}}} chooses what is trained."
     kind = FinetuneConfig[task, method]  # type: ignore[valid-type]
     options = {"default": default, "description": description}

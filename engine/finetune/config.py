@@ -1,19 +1,17 @@
 """`FinetuneConfig`: the options of one fine-tuning, besides those of its task and its method."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from tyro.conf import OmitArgPrefixes
 
 from ..config import Precision, TrainConfig
 from . import methods
-from .tasks import Task
+from .tasks import Task, task_from_dict
 
-# of AdamW, by method: what is added starts from nothing, and learns faster than what was pretrained
-_LEARNING_RATES = {"full": 1e-4, "prefix": 3e-3}
-_LEARNING_RATE = 1e-3
 _UNMERGED = ("prefix", "adapter")  # methods that are more than other weights
 
 
@@ -30,7 +28,9 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
     model: str = "runs/demo"  # hub id, model folder or run
     data: tuple[Path, ...] = ()  # one file at least: .jsonl, .csv, .tsv, .conll or text
     out: Path = Path("runs/finetune")  # the folder of the tuned model
-    overwrite: bool = False  # replace the tuned model in `out`
+    overwrite: bool = False  # replace the tuned model in `out`, or the checkpoint beside it
+    resume: bool = False  # go on from the checkpoint beside `out`, with the options that it has
+    checkpoint_every: int = 100  # steps; the checkpoint is deleted once the tuned model is written
 
     val_data: tuple[Path, ...] = ()  # none: `val_fraction` of the rows of `data`
     val_fraction: float = 0.1
@@ -42,9 +42,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
     max_steps: int | None = None  # instead of epochs
     batch_size: int = 16  # rows a step, over all processes
     micro_batch_size: int | None = None  # rows a forward pass; None: all that this process has
-    learning_rate: float | None = (
-        None  # the highest; None: 1e-4 for full, 3e-3 for prefix, else 1e-3
-    )
+    learning_rate: float | None = None  # the highest; None: the method's own
     warmup_fraction: float = 0.1  # of the steps, in which the rate rises from zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -56,7 +54,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "max_len"):
+        for name in ("epochs", "max_steps", "max_len", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -64,6 +62,10 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
             raise ValueError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "resume goes on with a training, overwrite starts a new one: choose one"
+            )
         if self.merge and self.method.name in _UNMERGED:
             raise ValueError(f"{self.method.name} has no merged form: leave out merge")
         self.replay_source()
@@ -86,14 +88,14 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
 
     def train_config(self, num_steps: int) -> TrainConfig:
         """What the parts of the training loop read."""
-        rate = self.learning_rate or _LEARNING_RATES.get(self.method.name, _LEARNING_RATE)
         return TrainConfig(
             out=self.out,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             max_steps=num_steps,
+            schedule="cosine",
             warmup_steps=round(self.warmup_fraction * num_steps),
-            learning_rate=rate,
+            learning_rate=self.learning_rate or self.method.learning_rate,
             weight_decay=self.weight_decay,
             beta2=0.999,
             grad_clip=self.grad_clip,
@@ -112,15 +114,26 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
         return max(1, math.ceil(self.epochs * num_examples / own))
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written beside a tuned model, of what it came from."""
-        return {
-            "method": self.method.name,
+        """As JSON can hold it; `from_dict` is the inverse."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {
+            "task": self.task.to_dict(),
+            "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
             "data": [str(path) for path in self.data],
             "val_data": [str(path) for path in self.val_data],
-            "replay": self.replay,
-            "epochs": self.epochs,
-            "max_steps": self.max_steps,
-            "batch_size": self.batch_size,
-            "learning_rate": self.train_config(1).learning_rate,
-            "seed": self.seed,
+            "out": str(self.out),
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; unknown keys are an error."""
+        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown option of fine-tuning: {', '.join(sorted(unknown))}")
+        paths = {name: tuple(map(Path, values[name])) for name in ("data", "val_data")}
+        parts = {
+            "task": task_from_dict(values["task"]),
+            "method": methods.from_dict(values["method"]),
+            "out": Path(values["out"]),
+        }
+        return cls(**values | paths | parts)

@@ -92,6 +92,7 @@ class Dataset:
 
     samples: list[Any]
     examples: list[Example]
+    num_split: int  # samples that are several examples, since they are long
 
     @property
     def num_cut(self) -> int:
@@ -106,17 +107,21 @@ def encode_samples(
     Raises:
         ValueError: a sample cannot be encoded, see `Task.encode` and `BadRows`; or none can.
     """
-    kept, examples = [], []
+    kept: list[Any] = []
+    examples: list[Example] = []
+    num_split = 0
     for sample, source in zip(samples.samples, samples.sources, strict=True):
         try:
-            examples += task.encode_all(sample, tokenizer, max_len)
+            found = task.encode_all(sample, tokenizer, max_len)
         except ValueError as error:
             bad_rows.report(ValueError(f"{source}: {error}"))
             continue
         kept.append(sample)
+        examples += found
+        num_split += len(found) > 1
     if not examples:
         raise ValueError(f"{samples.sources[0]} and what follows: no row that can be used")
-    return Dataset(kept, examples)
+    return Dataset(kept, examples, num_split)
 
 
 class ExampleStream:

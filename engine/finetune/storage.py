@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data.tokenizer import load_tokenizer
-from ..files import atomic_directory, read_json, write_json
+from ..files import atomic_directory, mend_after_kill, read_json, write_json
 from ..pretrained import load_model, resolve_model, save_pretrained
 from . import methods
+from .checkpoint import checkpoint_folder, has_checkpoint, resume_command
 from .config import FinetuneConfig
 from .tasks import task_from_dict
 from .tuned import Tuned
@@ -31,13 +32,22 @@ TASK_FILE, HEAD_FILE = "task.json", "head.safetensors"
 FORMAT_VERSION = 1
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def check_out(config: FinetuneConfig) -> None:
     """Refuse to replace what `finetune` has not written, or should not replace."""
+    out = config.out
+    for path in (out, checkpoint_folder(out)):
+        mend_after_kill(path)
+    is_unfinished = has_checkpoint(out)
+    if is_unfinished and not (config.resume or config.overwrite):
+        raise FileExistsError(
+            f"{checkpoint_folder(out)}: a training has not come to its end; go on with it by `{resume_command(config)}`, start "
+            "anew with --overwrite, or choose another --out"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not is_tuned(out):
         raise FileExistsError(f"{out}: exists and is not a tuned model; choose another --out")
-    if not overwrite:
+    if not config.overwrite and not (config.resume and is_unfinished):
         raise FileExistsError(
             f"{out}: holds a tuned model; choose another --out, or replace it with --overwrite"
         )
@@ -68,7 +78,8 @@ def save_tuned(config: FinetuneConfig, tuned: Tuned, outcome: "Outcome") -> None
                 "task": tuned.task.to_dict(),
                 "max_len": tuned.max_len,
                 "base": None if is_whole else base,
-                "training": config.to_dict(),
+                "training": config.to_dict()
+                | {"learning_rate": config.train_config(1).learning_rate},
             },
         )
         report = {

@@ -2,7 +2,8 @@
 
 The loop is that of `leangpt.training`, with its parts: gradients of the mean over all targets of a step, whatever passes and
 processes they are spread over; AdamW; dropout seeded by the step. After each epoch the validation loss is measured, and the
-weights of the best one are kept. Ctrl-C ends it after the step, and what was learnt is reported and saved.
+weights of the best one are kept. Ctrl-C ends it after the step with a checkpoint, and what was learnt is reported and saved. From
+a checkpoint it goes on as if it had not been stopped, to the last bit.
 """
 
 import math
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from leangpt.kernels import log_backend
@@ -25,8 +25,26 @@ from ..pretrained import load_model, resolve_model
 from ..training.distributed import Group, process_group
 from ..training.interrupt import Interrupt
 from ..training.logs import Console
-from ..training.loop import accumulate_gradients, autocast_of, rows_of_a_pass, seed_step
+from ..training.loop import (
+    accumulate_gradients,
+    autocast_of,
+    compute_dtype,
+    describe_environment,
+    rows_of_a_pass,
+    seed_step,
+)
 from ..training.optimizer import learning_rate, make_optimizer
+from .checkpoint import (
+    Progress,
+    delete_checkpoint,
+    fingerprint,
+    has_checkpoint,
+    load_checkpoint,
+    resume_command,
+    save_checkpoint,
+    set_weights,
+    weights,
+)
 from .config import FinetuneConfig
 from .dataset import (
     Dataset,
@@ -54,14 +72,16 @@ class Outcome:
     is_interrupted: bool
     num_trainable: int
     val_loss: float  # nats a target, of the weights that are kept
-    seconds: float
-    data: dict[str, int]  # rows of training and validation, skipped, cut, duplicates
+    seconds: float  # of training, over all sessions
+    data: dict[str, int]  # rows of training and validation, skipped, cut, split, duplicates
     forgetting: dict[str, float] | None  # loss on rows of the replayed file, before and after
 
     def __str__(self) -> str:
-        names = ("train_rows", "val_rows", "skipped_rows", "cut_examples", "duplicates")
+        names = (
+            *("train_rows", "val_rows", "skipped_rows", "cut_examples", "split_rows", "duplicates"),
+        )
         rows = {
-            "rows": "{:,} to train, {:,} to validate, {:,} skipped, {:,} cut, {:,} in both".format(
+            "rows": "{:,} to train, {:,} to validate, {:,} skipped, {:,} cut, {:,} in several parts, {:,} in both".format(
                 *(self.data[name] for name in names)
             ),
             "training": f"{self.steps:,} steps in {self.seconds:.0f} s, {self.num_trainable:,} parameters",
@@ -79,14 +99,20 @@ class Outcome:
 def finetune(config: FinetuneConfig) -> Outcome:
     """Fine-tune a model and write it to `config.out`, with its report. Under torchrun every process calls this.
 
+    SIGINT (Ctrl-C) and SIGTERM end it after the step: a checkpoint is written, from which `config.resume` goes on, and the
+    best model so far.
+
     Raises:
-        FileExistsError: there is something in `config.out`, and `config.overwrite` is not set or it is not a tuned model.
+        FileExistsError: there is something in `config.out`, and `config.overwrite` is not set or it is not a tuned model; or a
+            checkpoint, and neither that nor `config.resume` is set.
         FileNotFoundError: the model or a data file is not there.
-        ValueError: a row is bad (with file and line), or the data, the model and the options do not fit each other.
+        ValueError: a row is bad (with file and line); the data, the model and the options do not fit each other, or not the
+            checkpoint.
+        OSError: a checkpoint could not be written.
     """
     if not config.data:
         raise ValueError("data must name at least one file")
-    check_out(config.out, config.overwrite)
+    check_out(config)
     with process_group(config.device) as group, Interrupt() as interrupt:
         return _finetune(config, group, interrupt)
 
@@ -100,6 +126,10 @@ class _Data:
     old: Dataset | None  # of the replayed file, kept apart to measure what is forgotten
     counts: dict[str, int]
     messages: list[str]  # for the terminal
+
+    def fingerprint(self) -> str:
+        sets = (self.train, self.val, self.replay, self.old)
+        return fingerprint(self.task, [each for each in sets if each is not None])
 
 
 def _read_data(
@@ -124,11 +154,12 @@ def _read_data(
         "val_rows": len(encoded[1].samples),
         "skipped_rows": bad_rows.count,
         "cut_examples": encoded[0].num_cut + encoded[1].num_cut,
+        "split_rows": encoded[0].num_split + encoded[1].num_split,
         "duplicates": len(duplicates),
     }
     messages = [
         f"{counts['train_rows']:,} rows to train, {counts['val_rows']:,} to validate, {bad_rows.count:,} skipped; "
-        f"{counts['cut_examples']:,} cut to {max_len} tokens",
+        f"{counts['cut_examples']:,} cut to {max_len} tokens, {counts['split_rows']:,} in several parts",
         *(f"skipped {message}" for message in bad_rows.messages),
     ]
     if duplicates:
@@ -138,7 +169,6 @@ def _read_data(
 
 
 def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Outcome:
-    start = time.perf_counter()
     log_backend(group.device.type)
     path = resolve_model(config.model)
     folder = path if path.is_dir() else path.parent
@@ -154,7 +184,7 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
     num_trainable = sum(p.numel() for p in tuned.module.parameters() if p.requires_grad)
 
     old_loss = None if data.old is None else mean_loss(tuned, data.old, group)
-    steps, val_loss, is_interrupted = _train(config, data, tuned, num_steps, group, interrupt)
+    progress = _train(config, data, tuned, num_steps, group, interrupt)
     forgetting = None
     if data.old is not None and old_loss is not None:
         forgetting = {"loss_before": old_loss, "loss_after": mean_loss(tuned, data.old, group)}
@@ -162,16 +192,20 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
     outcome = Outcome(
         out=config.out,
         report=tuned.report(data.val.samples),
-        steps=steps,
-        is_interrupted=is_interrupted,
+        steps=progress.step,
+        is_interrupted=progress.step < num_steps,
         num_trainable=num_trainable,
-        val_loss=val_loss,
-        seconds=time.perf_counter() - start,
+        val_loss=progress.best_loss,
+        seconds=progress.seconds,
         data=data.counts,
         forgetting=forgetting,
     )
     if group.is_main:
         save_tuned(config, tuned, outcome)
+        if outcome.is_interrupted:
+            print(f"go on with: {resume_command(config)}", file=sys.stderr)
+        else:
+            delete_checkpoint(config.out)
     return outcome
 
 
@@ -211,8 +245,8 @@ def _train(
     num_steps: int,
     group: Group,
     interrupt: Interrupt,
-) -> tuple[int, float, bool]:
-    """Train, and leave the best weights in the model; steps done, validation loss, whether it was interrupted."""
+) -> Progress:
+    """Train, and leave the best weights in the model; returns how far it came."""
     options = config.train_config(num_steps)
     module, task = tuned.module, data.task
     micro_batch_size = rows_of_a_pass(options, group)
@@ -224,22 +258,32 @@ def _train(
         config.seed,
     )
     optimizer = make_optimizer(module, options)
+    environment = describe_environment(group, compute_dtype(options, group.device))
+    data_sha256 = data.fingerprint()
+    progress, best = Progress(), weights(tuned)
+    if config.resume and has_checkpoint(config.out):
+        progress, best = load_checkpoint(config, tuned, optimizer, data_sha256, environment)
+    group.wait()  # until every process has read the checkpoint, before one writes
+    if group.is_main and not config.resume:
+        delete_checkpoint(config.out)
     parallel_module = group.parallel(module)
     autocast = autocast_of(options, group.device)
     trainable = [p for p in module.parameters() if p.requires_grad]
     steps_per_epoch = max(1, num_steps // max(1, round(config.epochs)))
-    best_loss, best = math.inf, None
-    step, is_interrupted = 0, False
+    clock_start = time.perf_counter() - progress.seconds
+    is_interrupted = False
     module.train()
-    with closing(Console(0, num_steps, enabled=config.progress and group.is_main)) as console:
+    with closing(
+        Console(progress.step, num_steps, enabled=config.progress and group.is_main)
+    ) as console:
         console.say(
             f"{config.method.name}: {sum(p.numel() for p in trainable):,} of "
             f"{sum(p.numel() for p in module.parameters()):,} parameters are trained"
         )
-        while step < num_steps and not is_interrupted:
+        while progress.step < num_steps and not is_interrupted:
             step_start = time.perf_counter()
-            seed_step(config.seed, step, group)
-            batch = stream.batch(step, config.batch_size, group.rank, group.size)
+            seed_step(config.seed, progress.step, group)
+            batch = stream.batch(progress.step, config.batch_size, group.rank, group.size)
             tokens, targets = task.collate(batch)
             loss, _ = accumulate_gradients(
                 parallel_module, tokens, targets, micro_batch_size, group, autocast
@@ -247,28 +291,37 @@ def _train(
             loss, num_interrupts = group.sum(loss, interrupt.requested)
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss of step {step + 1} is {loss}: start again with a learning_rate below {options.learning_rate}"
+                    f"the loss of step {progress.step + 1} is {loss}: start again with a learning_rate below "
+                    f"{options.learning_rate}"
                 )
             if config.grad_clip:
                 norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
                 clip_grads_with_norm_(trainable, config.grad_clip, norm)
             for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(options, step)
+                parameters["lr"] = learning_rate(options, progress.step)
             tuned.adapted.optimizer_step(optimizer)
             optimizer.zero_grad()
-            step += 1
-            is_interrupted = num_interrupts > 0
+            progress.step += 1
             seconds = time.perf_counter() - step_start
             console.step(loss, int((tokens != PADDING).sum()) * group.size / seconds)
-            if step % steps_per_epoch == 0 or step == num_steps or is_interrupted:
+            is_last = progress.step == num_steps
+            is_interrupted = num_interrupts > 0 and not is_last
+            if is_last or progress.step % steps_per_epoch == 0:
                 val_loss = mean_loss(tuned, data.val, group)
-                console.say(f"step {step:,}: loss {loss:.4f}, validation {val_loss:.4f}")
-                if best is None or val_loss < best_loss:
-                    best_loss, best = val_loss, _weights(tuned)
-    assert best is not None
-    _set_weights(tuned, best)
+                console.say(f"step {progress.step:,}: loss {loss:.4f}, validation {val_loss:.4f}")
+                if progress.best_loss is None or val_loss < progress.best_loss:
+                    progress.best_loss, best = val_loss, weights(tuned)
+            progress.seconds = time.perf_counter() - clock_start
+            is_due = progress.step % config.checkpoint_every == 0 and not is_last
+            if group.is_main and (is_due or is_interrupted):
+                save_checkpoint(config, tuned, optimizer, progress, best, data_sha256, environment)
+    if is_interrupted:  # what was learnt since the last evaluation may be better
+        val_loss = mean_loss(tuned, data.val, group)
+        if progress.best_loss is None or val_loss < progress.best_loss:
+            progress.best_loss, best = val_loss, weights(tuned)
+    set_weights(tuned, best)
     module.eval()
-    return step, best_loss, is_interrupted
+    return progress
 
 
 def mean_loss(tuned: Tuned, data: Dataset, group: Group) -> float:
@@ -277,17 +330,3 @@ def mean_loss(tuned: Tuned, data: Dataset, group: Group) -> float:
     num_targets = sum(tuned.task.num_targets(example) for example in mine)
     total, count = group.sum(sum(tuned.losses(mine)), num_targets)
     return total / max(1, count)
-
-
-def _weights(tuned: Tuned) -> dict[str, dict[str, Tensor]]:
-    head = {} if tuned.module.head is None else tuned.module.head.state_dict()
-    return {
-        name: {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-        for name, tensors in (("model", tuned.adapted.state_dict()), ("head", head))
-    }
-
-
-def _set_weights(tuned: Tuned, weights: dict[str, dict[str, Tensor]]) -> None:
-    tuned.adapted.load_state_dict(weights["model"])
-    if tuned.module.head is not None:
-        tuned.module.head.load_state_dict(weights["head"])

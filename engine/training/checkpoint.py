@@ -18,6 +18,7 @@ import shutil
 import uuid
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
@@ -174,8 +175,8 @@ def save_checkpoint(
     try:
         with atomic_directory(folder) as new:
             save_pretrained(model, new, tokenizer, format="native")
-            save_file(_optimizer_tensors(model, optimizer), new / "optimizer.safetensors")
-            files = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+            save_file(optimizer_tensors(model, optimizer), new / "optimizer.safetensors")
+            files = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
             write_json(
                 new / "state.json",
                 {
@@ -213,7 +214,8 @@ def _delete_old_checkpoints(config: TrainConfig, state: TrainState) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments, by `moment.name of the parameter`."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -221,7 +223,7 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
     }
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -252,7 +254,7 @@ def _read_state(folder: Path) -> TrainState:
                 f"{folder}: must be a checkpoint of version {FORMAT_VERSION}, got {content['format_version']}"
             )
         for name, expected in content["sha256"].items():
-            if _sha256(folder / name) != expected:
+            if file_sha256(folder / name) != expected:
                 raise ValueError(f"{folder / name}: damaged, it does not match its sha256")
         return TrainState.from_dict(content["state"])
     except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
@@ -264,8 +266,16 @@ def load_checkpoint(
 ) -> None:
     """Read weights and moments; warn where the environment is not that of the checkpoint, since roundings may differ."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    fill_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    warn_of_changes(read_json(folder / "state.json")["environment"], environment)
+
+
+def fill_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Set the moments to what `optimizer_tensors` gave."""
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for full_name, tensor in load_file(folder / "optimizer.safetensors").items():
+    for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
         moments[name][key] = tensor.clone()  # out of the mapped file
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -274,7 +284,9 @@ def load_checkpoint(
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
-    before = read_json(folder / "state.json")["environment"]
+
+def warn_of_changes(before: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Warn where the environment is not that of a checkpoint."""
     changes = [
         f"{name} {before.get(name)} -> {value}"
         for name, value in environment.items()

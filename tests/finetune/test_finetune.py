@@ -111,9 +111,12 @@ def test_what_is_wrong_with_the_data_is_counted(config, tmp_path):
         "val_rows": 3,
         "skipped_rows": 1,
         "cut_examples": 1,
+        "split_rows": 0,
         "duplicates": 2,
     }
-    assert "37 to train, 3 to validate, 1 skipped, 1 cut, 2 in both" in str(outcome)
+    assert "37 to train, 3 to validate, 1 skipped, 1 cut, 0 in several parts, 2 in both" in str(
+        outcome
+    )
 
 
 def test_messages_name_places(config, tmp_path, capsys):

@@ -14,7 +14,7 @@ parameters stay, and a model without additions runs as before.
 
 from .base import Adapted, Method, base_hash
 from .peft_files import load_peft, save_peft
-from .storage import METHODS, create, load
+from .storage import METHODS, create, from_dict, load
 
 __all__ = [
     "METHODS",
@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "base_hash",
     "create",
+    "from_dict",
     "load",
     "load_peft",
     "save_peft",

@@ -16,7 +16,7 @@ from ...decoding.adapter import Adapter, Prefix
 from ...files import atomic_write, write_json
 from ...model import GPT, Linear
 
-Target = Literal["qkv", "attn_out", "mlp_in", "mlp_out"]
+Target = Literal["qkv", "attn_out", "mlp_in", "mlp_out"]  # the matrices of each block
 TARGETS: tuple[Target, ...] = get_args(Target)
 WEIGHTS_FILE, OPTIONS_FILE = "adapter.safetensors", "adapter.json"
 FORMAT_VERSION = 1
@@ -52,6 +52,7 @@ class Method:
     """The options of a method."""
 
     name: ClassVar[str]
+    learning_rate: ClassVar[float] = 1e-3  # of AdamW, where the user gives none
 
     def attach(self, model: GPT, max_steps: int | None = None) -> "Adapted":
         """Freeze what is not trained and add what is; the model changes in place.

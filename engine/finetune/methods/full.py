@@ -23,6 +23,7 @@ class Full(Method):
     """Train all weights. What is saved is as large as the model, and needs the base only for its shape."""
 
     name: ClassVar[str] = "full"
+    learning_rate: ClassVar[float] = 1e-4
 
     def _attach(self, model: GPT, base: str, max_steps: int | None) -> Adapted:
         model.requires_grad_(True)

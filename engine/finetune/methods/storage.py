@@ -35,6 +35,16 @@ def create(name: str, **options: Any) -> Method:
     return method(**options)
 
 
+def from_dict(values: dict[str, Any]) -> Method:
+    """A method of its name and its options as JSON holds them: a list is a tuple of ours.
+
+    Raises:
+        ValueError: as `create`.
+    """
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "name"}
+    return create(str(values.get("name")), **options)
+
+
 def load(folder: str | Path, model: GPT) -> Adapted:
     """Attach what `Adapted.save` wrote to the same base model, which changes in place.
 
@@ -68,10 +78,7 @@ def _read_options(path: Path) -> tuple[Method, str]:
             values["format_version"] == FORMAT_VERSION,
             f"format_version must be {FORMAT_VERSION}, got {values['format_version']}",
         )
-        options = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values["options"].items()
-        }
-        return create(values["method"], **options), str(values["base_sha256"])
+        method = from_dict({"name": values["method"], **values["options"]})
+        return method, str(values["base_sha256"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: no valid options of an adapter ({error!r})") from error

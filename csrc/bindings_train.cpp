@@ -13,6 +13,7 @@
 
 #include "cpu/buffer.h"
 #include "train/attention.h"
+#include "train/elementwise.h"
 #include "train/gemm.h"
 #include "train/norm.h"
 #include "train/optimizer.h"
@@ -65,16 +66,19 @@ Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
 // Memory that is kept from call to call, as it is needed only within one: no page of it has to be
 // fetched again, and one is enough for all layers.
-Tensor scratch_like(const Tensor& x, int which) {
-  static thread_local std::array<cpu::Buffer<uint8_t>, 2> buffers;
-  return at::from_blob(buffers[which].get(x.nbytes()), x.sizes(), x.options());
+Tensor scratch_of(at::IntArrayRef shape, const Tensor& like, int which) {
+  static thread_local std::array<cpu::Buffer<uint8_t>, 3> buffers;
+  const size_t bytes = c10::multiply_integers(shape) * like.element_size();
+  return at::from_blob(buffers[which].get(bytes), shape, like.options());
 }
+
+Tensor scratch_like(const Tensor& x, int which) { return scratch_of(x.sizes(), x, which); }
 
 Activation activation_of(c10::string_view name) {
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "gelu") return Activation::kGelu;
   if (name == "relu2") return Activation::kRelu2;
-  TORCH_CHECK(false, "leangpt: activation must be gelu_tanh, gelu or relu2, got ", name);
+  TORCH_CHECK(false, "leangpt: activation must be gelu_tanh, gelu, relu2 or swiglu, got ", name);
 }
 
 // out (m, n) = a (m, k) b (k, n), and what the epilogue adds.
@@ -120,6 +124,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   return {dx, dw, db};
 }
 
+Gated gated_of(const Tensor& h, const Tensor& a) {
+  Gated gated = {};
+  gated.dtype = dtype_of(h);
+  gated.width = a.size(1);
+  gated.h = h.const_data_ptr();
+  gated.a = a.mutable_data_ptr();
+  return gated;
+}
+
 // The output, and h = x w_in^T + b_in for backward.
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w_in, const optional<Tensor>& b_in,
                                const Tensor& w_out, const optional<Tensor>& b_out,
@@ -128,12 +141,16 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w_in, const option
   const Tensor rows = as_rows(x), in = w_in.contiguous(), out = w_out.contiguous();
   const Tensor bias_in = as_floats(b_in), bias_out = as_floats(b_out);
   Tensor h = empty_of({rows.size(0), in.size(0)}, x, compute);
-  const Tensor a = scratch_like(h, 0);
+  const Tensor a = scratch_of({rows.size(0), out.size(1)}, h, 0);
+  const bool is_gated = activation == "swiglu";
   Epilogue inner;
-  inner.activation = activation_of(activation);
-  inner.activated = a.mutable_data_ptr();
+  if (!is_gated) {
+    inner.activation = activation_of(activation);
+    inner.activated = a.mutable_data_ptr();
+  }
   if (b_in) inner.bias = bias_in.const_data_ptr<float>();
   multiply(operand(rows), operand(in).transposed(), rows.size(1), compute, h, inner);
+  if (is_gated) gated(gated_of(h, a), h.size(0));
 
   const Tensor addend = residual ? residual->contiguous() : Tensor();
   const auto dtype = residual ? at::promote_types(compute, addend.scalar_type()) : compute;
@@ -156,12 +173,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   const Tensor in = w_in.contiguous(), out = w_out.contiguous();
   Tensor dx = nothing(x), dw_in = nothing(in), db_in = nothing(in);
   Tensor dw_out = nothing(out), db_out = nothing(out);
-  const Tensor dh = scratch_like(h, 0), a = scratch_like(h, 1);
-  Epilogue inner;
-  inner.activation = activation_of(activation);
-  inner.inner = h.const_data_ptr();
-  inner.activated = a.mutable_data_ptr();
-  multiply(operand(g), operand(out), g.size(1), compute, dh, inner);
+  const Tensor dh = scratch_like(h, 0), a = scratch_of({h.size(0), out.size(1)}, h, 1);
+  if (activation == "swiglu") {
+    const Tensor da = scratch_like(a, 2);
+    multiply(operand(g), operand(out), g.size(1), compute, da);
+    Gated gradient = gated_of(h, a);
+    gradient.da = da.const_data_ptr();
+    gradient.dh = dh.mutable_data_ptr();
+    gated(gradient, h.size(0));
+  } else {
+    Epilogue inner;
+    inner.activation = activation_of(activation);
+    inner.inner = h.const_data_ptr();
+    inner.activated = a.mutable_data_ptr();
+    multiply(operand(g), operand(out), g.size(1), compute, dh, inner);
+  }
   if (wanted[0]) {
     dx = empty_of(x);
     multiply(operand(dh), operand(in), dh.size(1), compute, dx);
@@ -362,6 +388,113 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
   return {result, dhidden, dweight.to(w.scalar_type())};
 }
 
+RotaryQkv rotary_of(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t num_kv_heads,
+                    const Tensor& q_weight, const Tensor& k_weight, double eps) {
+  RotaryQkv rotary = {};
+  rotary.dtype = dtype_of(qkv);
+  rotary.seq_len = qkv.size(1);
+  rotary.num_heads = qkv.size(2) - 2 * num_kv_heads;
+  rotary.num_kv_heads = num_kv_heads;
+  rotary.head_dim = qkv.size(3);
+  rotary.cos = cos.const_data_ptr<float>();
+  rotary.sin = sin.const_data_ptr<float>();
+  rotary.table_stride = cos.size(0) == 1 ? 0 : cos.size(1) * cos.size(2);
+  rotary.eps = static_cast<float>(eps);
+  if (q_weight.defined()) {
+    rotary.q_weight = q_weight.const_data_ptr<float>();
+    rotary.k_weight = k_weight.const_data_ptr<float>();
+  }
+  return rotary;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_qkv(const Tensor& qkv, const Tensor& cos,
+                                              const Tensor& sin, int64_t num_kv_heads,
+                                              const optional<Tensor>& q_weight,
+                                              const optional<Tensor>& k_weight, double eps) {
+  const Tensor heads = qkv.contiguous(), c = as_floats(cos), s = as_floats(sin);
+  const Tensor qw = as_floats(q_weight), kw = as_floats(k_weight);
+  RotaryQkv rotary = rotary_of(heads, c, s, num_kv_heads, qw, kw, eps);
+  const int64_t B = qkv.size(0), T = qkv.size(1), D = qkv.size(3);
+  Tensor q = empty_of({B, T, rotary.num_heads, D}, heads, heads.scalar_type());
+  Tensor k = empty_of({B, T, num_kv_heads, D}, heads, heads.scalar_type()), v = empty_of(k);
+  rotary.qkv = const_cast<void*>(heads.const_data_ptr());
+  rotary.q = q.mutable_data_ptr();
+  rotary.k = k.mutable_data_ptr();
+  rotary.v = v.mutable_data_ptr();
+  rotary_forward(rotary, B * T);
+  return {q, k, v};
+}
+
+// Gradients of qkv and of the weights, which are empty where there are none; only for them qkv is
+// read.
+std::tuple<Tensor, Tensor, Tensor> rotary_qkv_backward(
+    const Tensor& dq, const Tensor& dk, const Tensor& dv, const optional<Tensor>& qkv,
+    const Tensor& cos, const Tensor& sin, const optional<Tensor>& q_weight,
+    const optional<Tensor>& k_weight, double eps) {
+  const Tensor q = dq.contiguous(), k = dk.contiguous(), v = dv.contiguous();
+  const Tensor c = as_floats(cos), s = as_floats(sin);
+  const Tensor qw = as_floats(q_weight), kw = as_floats(k_weight);
+  const int64_t H = q.size(2), H_kv = k.size(2), D = q.size(3);
+  Tensor dqkv = empty_of({q.size(0), q.size(1), H + 2 * H_kv, D}, q, q.scalar_type());
+  RotaryQkv rotary = rotary_of(dqkv, c, s, H_kv, qw, kw, eps);
+  const Tensor heads = qkv ? qkv->contiguous() : Tensor();
+  Tensor dq_weight = nothing(c), dk_weight = nothing(c);
+  if (q_weight) {
+    rotary.qkv = const_cast<void*>(heads.const_data_ptr());
+    dq_weight = empty_of({D}, c, at::kFloat);
+    dk_weight = empty_of(dq_weight);
+    rotary.dq_weight = dq_weight.mutable_data_ptr<float>();
+    rotary.dk_weight = dk_weight.mutable_data_ptr<float>();
+  }
+  rotary.q = const_cast<void*>(q.const_data_ptr());
+  rotary.k = const_cast<void*>(k.const_data_ptr());
+  rotary.v = const_cast<void*>(v.const_data_ptr());
+  rotary.dqkv = dqkv.mutable_data_ptr();
+  rotary_backward(rotary, q.size(0) * q.size(1));
+  const auto weight_dtype = q_weight ? q_weight->scalar_type() : at::kFloat;
+  return {dqkv, dq_weight.to(weight_dtype), dk_weight.to(weight_dtype)};
+}
+
+void check_indices(const Tensor& index, int64_t num_rows, const char* name) {
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < num_rows, "embedding: ", name, " ", values[i],
+                      " is out of range [0, ", num_rows, ")");
+  }
+}
+
+Tensor embedding_forward(const Tensor& tokens, const Tensor& weight,
+                         const optional<Tensor>& positions,
+                         const optional<Tensor>& position_weight) {
+  const Tensor index = tokens.contiguous(), table = weight.contiguous();
+  check_indices(index, table.size(0), "token");
+  Lookup second = {};
+  Tensor places, second_table;
+  if (positions) {
+    places = positions->expand(tokens.sizes()).contiguous();
+    second_table = position_weight->contiguous();
+    check_indices(places, second_table.size(0), "position");
+    second = {second_table.const_data_ptr(), places.const_data_ptr<int64_t>(),
+              second_table.size(0)};
+  }
+  at::DimVector shape(tokens.sizes());
+  shape.push_back(table.size(1));
+  Tensor out = empty_of(shape, table, table.scalar_type());
+  embedding({table.const_data_ptr(), index.const_data_ptr<int64_t>(), table.size(0)}, second,
+            dtype_of(table), index.numel(), table.size(1), out.mutable_data_ptr());
+  return out;
+}
+
+// The gradient of a table (num_rows, C), of which `index` took rows.
+Tensor embedding_table_backward(const Tensor& grad, const Tensor& index, int64_t num_rows) {
+  const Tensor rows = as_rows(grad);
+  const Tensor taken = index.expand(grad.sizes().slice(0, grad.dim() - 1)).contiguous();
+  Tensor out = empty_of({num_rows, rows.size(1)}, rows, rows.scalar_type());
+  embedding_backward(rows.const_data_ptr(), taken.const_data_ptr<int64_t>(), dtype_of(rows),
+                     taken.numel(), num_rows, rows.size(1), out.mutable_data_ptr());
+  return out;
+}
+
 float scale_of(const optional<Tensor>& scale) { return scale ? scale->item().toFloat() : 1.0f; }
 
 // Tensors to change in place: each as it is where its elements lie behind each other, else a copy,
@@ -480,6 +613,16 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, "
       "float momentum, float weight_decay, Tensor? grad_scale) -> ()");
   m.def("grad_norm(Tensor[] grads) -> Tensor");
+  m.def(
+      "rotary_qkv(Tensor qkv, Tensor cos, Tensor sin, int num_kv_heads, Tensor? q_weight, "
+      "Tensor? k_weight, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rotary_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? qkv, Tensor cos, Tensor sin, "
+      "Tensor? q_weight, Tensor? k_weight, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "embedding(Tensor tokens, Tensor weight, Tensor? positions, Tensor? position_weight) -> "
+      "Tensor");
+  m.def("embedding_backward(Tensor grad, Tensor index, int num_rows) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
@@ -495,4 +638,8 @@ TORCH_LIBRARY_IMPL(leangpt, CPU, m) {
   m.impl("adamw_step", &leangpt::train::adamw_step);
   m.impl("muon_step", &leangpt::train::muon_step);
   m.impl("grad_norm", &leangpt::train::grad_norm);
+  m.impl("rotary_qkv", &leangpt::train::rotary_qkv);
+  m.impl("rotary_qkv_backward", &leangpt::train::rotary_qkv_backward);
+  m.impl("embedding", &leangpt::train::embedding_forward);
+  m.impl("embedding_backward", &leangpt::train::embedding_table_backward);
 }

@@ -15,7 +15,7 @@ def _load() -> str | None:
     library = folder / f"_C-torch{torch.__version__}.so"
     if library.exists():
         torch.ops.load_library(str(library))
-        if hasattr(torch.ops.leangpt, "muon_step"):  # the last of them to come
+        if hasattr(torch.ops.leangpt, "embedding"):  # the last of them to come
             return None
         return "built from older sources: run `make build` or reinstall leangpt"
     others = [p.stem.removeprefix("_C-torch") for p in folder.glob("_C-torch*.so")]
@@ -32,6 +32,6 @@ unavailable_reason = _load()
 OPS: frozenset[str] = frozenset()
 DIFFERENTIABLE: frozenset[str] = frozenset()
 if unavailable_reason is None:
-    DIFFERENTIABLE |= {"add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear"}
-    DIFFERENTIABLE |= {"linear_cross_entropy", "mlp", "rms_norm"}
+    DIFFERENTIABLE |= {"add_layer_norm", "add_rms_norm", "attention", "embedding", "layer_norm"}
+    DIFFERENTIABLE |= {"linear", "linear_cross_entropy", "mlp", "rms_norm", "rotary_qkv"}
     OPS = DIFFERENTIABLE | {"adamw_step", "grad_norm", "muon_step"}

@@ -31,6 +31,26 @@ def _wanted(gradients: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | 
     return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
 
 
+def embedding(
+    tokens: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
+) -> Tensor:
+    if position_weight is not None and position_weight.dtype != weight.dtype:
+        return reference.embedding(tokens, weight, positions, position_weight)
+    return torch.ops.leangpt.embedding(tokens, weight, positions, position_weight)
+
+
+def rotary_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.leangpt.rotary_qkv(qkv, cos, sin, num_kv_heads, q_weight, k_weight, eps)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() < MIN_ROWS * x.shape[-1]:
         return reference.linear(x, weight, bias)
@@ -49,15 +69,12 @@ def mlp(
 ) -> Tensor:
     if x.numel() < MIN_ROWS * x.shape[-1]:
         return reference.mlp(x, w_in, b_in, w_out, b_out, activation, residual, dropout_p)
-    if activation == "swiglu":
-        out = linear(reference.activate(linear(x, w_in, b_in), activation), w_out, b_out)
-    else:
-        addend = None if dropout_p else residual
-        out = torch.ops.leangpt.mlp(
-            x, w_in, b_in, w_out, b_out, addend, activation, compute_dtype(x)
-        )[0]
-        if addend is not None:
-            return out
+    addend = None if dropout_p else residual
+    out = torch.ops.leangpt.mlp(x, w_in, b_in, w_out, b_out, addend, activation, compute_dtype(x))[
+        0
+    ]
+    if addend is not None:
+        return out
     out = F.dropout(out, dropout_p)
     return out if residual is None else residual + out
 
@@ -199,6 +216,57 @@ def _register() -> None:
 
     def register_autograd(name: str, backward: Any, setup_context: Any) -> None:
         torch.library.register_autograd(f"leangpt::{name}", backward, setup_context=setup_context)
+
+    @register_fake("leangpt::embedding")
+    def _(tokens, weight, positions, position_weight):
+        return weight.new_empty((*tokens.shape, weight.shape[1]))
+
+    @register_fake("leangpt::embedding_backward")
+    def _(grad, index, num_rows):
+        return grad.new_empty((num_rows, grad.shape[-1]))
+
+    def keep_embedding(ctx, inputs, output):
+        tokens, weight, positions, position_weight = inputs
+        ctx.save_for_backward(tokens, positions)
+        ctx.sizes = len(weight), 0 if position_weight is None else len(position_weight)
+
+    def embedding_backward(ctx, grad):
+        dweight, dposition_weight = (
+            ops.embedding_backward(grad, index, size) if is_wanted else None
+            for index, size, is_wanted in zip(
+                ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad[1::2], strict=True
+            )
+        )
+        return None, dweight, None, dposition_weight
+
+    register_autograd("embedding", embedding_backward, keep_embedding)
+
+    @register_fake("leangpt::rotary_qkv")
+    def _(qkv, cos, sin, num_kv_heads, q_weight, k_weight, eps):
+        B, T, num_packed, D = qkv.shape
+        heads = (num_packed - 2 * num_kv_heads, num_kv_heads, num_kv_heads)
+        return tuple(qkv.new_empty((B, T, H, D)) for H in heads)
+
+    @register_fake("leangpt::rotary_qkv_backward")
+    def _(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, eps):
+        B, T, H, D = dq.shape
+        dqkv = dq.new_empty((B, T, H + 2 * dk.shape[2], D))
+        if q_weight is None:
+            return dqkv, cos.new_empty(0), cos.new_empty(0)
+        return dqkv, q_weight.new_empty(D), q_weight.new_empty(D)
+
+    def keep_rotary_qkv(ctx, inputs, output):
+        qkv, cos, sin, _, q_weight, k_weight, ctx.eps = inputs
+        kept = None if q_weight is None else qkv  # turning back needs no input, norms do
+        ctx.save_for_backward(kept, cos, sin, q_weight, k_weight)
+
+    def rotary_qkv_backward(ctx, dq, dk, dv):
+        gradients = ops.rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.eps)
+        wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+        dqkv, dq_weight, dk_weight = _wanted(gradients, wanted)
+        return dqkv, None, None, None, dq_weight, dk_weight, None
+
+    register_autograd("rotary_qkv", rotary_qkv_backward, keep_rotary_qkv)
 
     @register_fake("leangpt::linear")
     def _(x, weight, bias, compute):

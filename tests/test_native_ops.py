@@ -57,15 +57,83 @@ class TestLinear:
         torch.testing.assert_close(x.grad, weight.sum(0).expand(40, 8))
 
 
+class TestEmbedding:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("width", [1, 16, 70, 128])
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, width, dtype):
+        """Tokens that are not there, and one that is often."""
+        tokens = torch.randint(5, 150, (3, 40))
+        tokens[1, ::2] = 7
+        positions = torch.arange(40)[None]
+        tables = [randn(200, width, dtype=dtype), randn(50, width, dtype=dtype)]
+        check_op(functools.partial(ops.embedding, tokens), tables[:1], "native")
+        check_op(lambda w, p: ops.embedding(tokens, w, positions, p), tables, "native")
+
+    def test_any_strides_and_a_frozen_table(self):
+        tokens, positions = torch.randint(30, (40, 2)).t(), torch.arange(80).view(2, 40)
+        table, frozen = randn(24, 30).t(), randn(80, 24)
+        check_op(lambda w: ops.embedding(tokens, w, positions, frozen.to(w)), [table], "native")
+        check_op(lambda p: ops.embedding(tokens, table.to(p), positions, p), [frozen], "native")
+
+    @pytest.mark.parametrize("value", [-1, 30])
+    def test_what_is_out_of_range_is_an_index_error(self, value):
+        good, wrong = torch.tensor([[0, 1]]), torch.tensor([[0, value]])
+        table = randn(30, 4)
+        with use_backend("native"):
+            with pytest.raises(IndexError, match=f"token {value} is out of range"):
+                ops.embedding(wrong, table)
+            with pytest.raises(IndexError, match=f"position {value} is out of range"):
+                ops.embedding(good, table, wrong, table)
+
+
+def angles(*shape):
+    angle = torch.rand(*shape) * 6.3
+    return angle.cos(), angle.sin()
+
+
+class TestRotaryQkv:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("tables", [1, 3], ids="tables={}".format)
+    @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)
+    @pytest.mark.parametrize("head_dim", [2, 24, 64, 70])
+    @pytest.mark.usefixtures("threads")
+    def test_as_accurate_as_torch(self, head_dim, heads, tables, dtype):
+        H, H_kv = heads
+        cos, sin = angles(tables, 11, head_dim // 2)
+        qkv = randn(3, 11, H + 2 * H_kv, head_dim, dtype=dtype)
+        weights = [randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)]
+        check_op(lambda x: ops.rotary_qkv(x, cos, sin, H_kv), [qkv], "native")
+        check_op(lambda x, q, k: ops.rotary_qkv(x, cos, sin, H_kv, q, k), [qkv, *weights], "native")
+
+    def test_any_strides_and_frozen_weights(self):
+        qkv, weight = randn(8, 5, 2, 12).permute(2, 1, 0, 3), randn(12)
+        tables = [t.permute(2, 1, 0) for t in angles(6, 5, 1)]
+
+        def call(x):
+            return ops.rotary_qkv(x, *tables, 2, weight.to(x), weight.to(x))
+
+        check_op(call, [qkv], "native")
+
+    def test_a_gradient_of_the_values_alone(self):
+        qkv = randn(1, 6, 3, 8).requires_grad_()
+        with use_backend("native"):
+            _, _, v = ops.rotary_qkv(qkv, *angles(1, 6, 4), 1)
+        v.square().sum().backward()
+        assert torch.equal(qkv.grad[:, :, 2], 2 * qkv[:, :, 2])
+        assert qkv.grad[:, :, :2].eq(0).all()
+
+
 class TestMlp:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu2"])
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu2", "swiglu"])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_as_accurate_as_torch(self, shape, activation, dtype):
         M, C, F = shape
         x, residual = randn(M, C, dtype=dtype), randn(M, C, dtype=dtype)
-        w_in, w_out = randn(F, C, dtype=dtype, std=C**-0.5), randn(C, F, dtype=dtype, std=F**-0.5)
-        b_in, b_out = randn(F, dtype=dtype), randn(C, dtype=dtype)
+        inner = 2 * F if activation == "swiglu" else F
+        w_in, b_in = randn(inner, C, dtype=dtype, std=C**-0.5), randn(inner, dtype=dtype)
+        w_out, b_out = randn(C, F, dtype=dtype, std=F**-0.5), randn(C, dtype=dtype)
 
         def call(x, w_in, b_in, w_out, b_out, residual):
             return ops.mlp(x, w_in, b_in, w_out, b_out, activation, residual=residual)
@@ -78,12 +146,6 @@ class TestMlp:
             return ops.mlp(x, w_in, None, w_out, None, "gelu_tanh")
 
         check_op(call, [randn(50, 24), randn(100, 24), randn(24, 100)], "native")
-
-    def test_a_gate(self):
-        def call(x, w_in, w_out, residual):
-            return ops.mlp(x, w_in, None, w_out, None, "swiglu", residual=residual)
-
-        check_op(call, [randn(40, 8), randn(12, 8), randn(8, 6), randn(40, 8)], "native")
 
     def test_dropout_before_the_residual(self):
         x, identity, residual = randn(50, 64).abs(), torch.eye(64), randn(50, 64)
@@ -227,6 +289,11 @@ OPS = torch.ops.leangpt
 ARGUMENTS = {
     "linear": lambda x, w, dtype: (x, w, randn(24), dtype),
     "mlp": lambda x, w, dtype: (x, w, randn(24), randn(16, 24), None, x, "gelu_tanh", dtype),
+    "gated mlp": lambda x, w, dtype: (x, w, None, randn(16, 12), None, None, "swiglu", dtype),
+    "embedding": lambda x, w, dtype: (torch.randint(24, (2, 20)), w, torch.arange(20), w),
+    "rotary_qkv": lambda x, w, dtype: (
+        *(x.view(2, 20, 4, 4).to(dtype), *angles(1, 20, 2), 1, w[0, :4], w[1, :4], 1e-6),
+    ),
     "normalize": lambda x, w, dtype: (x.to(dtype), x, w[0], w[1], 1e-5, False),
     "attention": lambda x, w, dtype: (*(x.view(2, 20, 2, 8).to(dtype) for _ in range(3)), 9, 0.3),
     "linear_cross_entropy": lambda x, w, dtype: (
@@ -240,7 +307,7 @@ ARGUMENTS = {
 def test_opcheck(name, dtype):
     """The schema tells the truth, fakes have the shapes and dtypes of results, gradients go through torch.compile."""
     x, w = randn(2, 20, 16).requires_grad_(), randn(24, 16).requires_grad_()
-    torch.library.opcheck(getattr(OPS, name).default, ARGUMENTS[name](x, w, dtype))
+    torch.library.opcheck(getattr(OPS, name.split()[-1]).default, ARGUMENTS[name](x, w, dtype))
 
 
 def test_doubles_and_half_precision_are_left_to_the_reference():
@@ -322,7 +389,7 @@ class TestModel:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """What holds for the best one holds for the others."""
-    tests = "not isa and not instruction and not opcheck and (Linear or Mlp or Attention or Norms)"
+    tests = "not isa and not instruction and not opcheck and (Linear or Mlp or Attention or Norms or Embedding or Rotary)"
     process = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

@@ -7,17 +7,33 @@
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
 #include "norm-inl.h"
+#include "embedding-inl.h"
+#include "gated-inl.h"
 #include "optimizer-inl.h"
+#include "rotary-inl.h"
 // clang-format on
 
 const Kernels kTable = {
-    kTileRows,         kPanel,
-    kBlockSteps,       units,
-    pack_panel,        pack_rows,
-    multiply,          finish,
-    sum_rows,          attention_scratch,
-    attention_forward, attention_backward,
-    norm_forward,      norm_backward,
-    cross_entropy,     adamw,
+    kTileRows,
+    kPanel,
+    kBlockSteps,
+    units,
+    pack_panel,
+    pack_rows,
+    multiply,
+    finish,
+    sum_rows,
+    attention_scratch,
+    attention_forward,
+    attention_backward,
+    norm_forward,
+    norm_backward,
+    cross_entropy,
+    gated,
+    rotary_forward,
+    rotary_backward,
+    add_rows,
+    sum_of_rows,
+    adamw,
     sum_squares,
 };

@@ -80,6 +80,32 @@ struct Norm {
   void *dtotal, *dx;         // dx: as dtotal, in the dtype of x, where that is another one
 };
 
+// The gated activation a = silu(gate) up, of rows h = (gate, up).
+struct Gated {
+  Dtype dtype;
+  int64_t width;   // of gate, up and a
+  const void* h;   // (rows, 2 width)
+  void* a;         // (rows, width)
+  const void* da;  // (rows, width): its gradient, in backward alone
+  void* dh;        // (rows, 2 width)
+};
+
+// Queries, keys and values out of packed heads, the first two normalized, if they have weights, and
+// turned. A token has H query heads, H_kv key heads and as many value heads of D elements.
+struct RotaryQkv {
+  Dtype dtype;
+  int64_t seq_len;                            // T
+  int64_t num_heads, num_kv_heads, head_dim;  // H, H_kv, D
+  const float *cos, *sin;                     // (B or 1, T, D / 2)
+  int64_t table_stride;                       // from sequence to sequence; 0: one for all
+  const float *q_weight, *k_weight;           // (D,), or null
+  float eps;
+  void* qkv;                     // (B, T, H + 2 H_kv, D)
+  void *q, *k, *v;               // contiguous; in backward their gradients
+  void* dqkv;                    // backward alone; then qkv is null without weights
+  float *dq_weight, *dk_weight;  // whole Vecs, sums over the tokens of a call
+};
+
 struct CrossEntropy {
   double label_smoothing, z_loss;
   double factor;  // of all losses and gradients
@@ -143,6 +169,15 @@ struct Kernels {
   // The loss of a row of n logits, which become their gradients if those are asked for.
   float (*cross_entropy)(const CrossEntropy& loss, float* logits, int64_t n, int64_t target,
                          bool with_gradient);
+
+  void (*gated)(const Gated& gated, int64_t first_row, int64_t last_row);
+  void (*rotary_forward)(const RotaryQkv& rotary, int64_t first_token, int64_t last_token);
+  void (*rotary_backward)(const RotaryQkv& rotary, int64_t first_token, int64_t last_token);
+  // out = a + b, rows of n.
+  void (*add_rows)(const void* a, const void* b, Dtype dtype, int64_t n, void* out);
+  // out = the sum of these rows of x (rows, n), one after the other.
+  void (*sum_of_rows)(const void* x, Dtype dtype, int64_t n, const int64_t* rows, int64_t count,
+                      void* out);
 
   void (*adamw)(const AdamW& step, const AdamWPart& part);
   double (*sum_squares)(const void* x, Dtype dtype, int64_t n);

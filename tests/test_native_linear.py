@@ -18,8 +18,19 @@ from leangpt.kernels import decode
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 
-SHAPES = [(1, 1), (7, 16), (16, 7), (63, 97), (64, 64), (65, 200), (97, 63), (200, 65), (48, 2100)]
-ROWS = (1, 2, 3, 5, 6, 7, 100)
+SHAPES = [
+    (1, 1),
+    (7, 16),
+    (16, 7),
+    (63, 97),
+    (64, 64),
+    (65, 200),
+    (97, 63),
+    (200, 65),
+    (48, 2100),
+    (5, 9000),
+]
+ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 100, 131)
 FULL_RANGE = ("fp32", "bf16", "int8", "int8_dynamic")  # others hold their scales in 16 bits
 
 
@@ -135,7 +146,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
 def test_product_is_as_accurate_as_float32(format, shape, has_bias):
     """With bf16 weights: of activations rounded to bf16, where the CPU multiplies these."""
     packed = make(format, *shape, has_bias=has_bias)
-    x = torch.from_numpy(normal(100, shape[1], seed=1))
+    x = torch.from_numpy(normal(max(ROWS), shape[1], seed=1))
     out = torch.from_numpy(packed.linear(x.numpy()))
     if format == "bf16" and multiplies_bf16():
         x = x.bfloat16().float()
@@ -166,6 +177,17 @@ def test_a_row_has_the_same_bits_alone_and_among_others(format, shape):
     alone = np.concatenate([packed.linear(row[None]) for row in x])
     for rows in ROWS:
         assert have_same_bits(packed.linear(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("k", [2048, 8192, 8208], ids=str)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.startswith("int")])
+def test_largest_sums(format, k):
+    """All weights and activations at the end of their range, where sums in narrow integers would overflow."""
+    weight, x = np.full((64, k), -1, np.float32), np.full((9, k), -1, np.float32)
+    weight[::2], x[1::2] = 1, 1
+    packed = PackedMatrix(format, weight)
+    expected = x.astype(np.float64) @ packed.unpacked().astype(np.float64).T
+    np.testing.assert_allclose(packed.linear(x), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -17,13 +17,14 @@ static float read_memory(const uint8_t* p, int64_t bytes) {
   return reduce_add(total);
 }
 
-// `rounds` times 12 products of a Vec of outputs; returns the multiplications and additions of one
-// round.
+// `rounds` times some products of a Vec of outputs; returns the multiplications and additions of
+// one round.
 static int multiply_registers(WeightKind kind, int64_t rounds) {
   alignas(64) uint8_t bytes[64] = {};
   alignas(64) float floats[kLanes] = {};
   asm volatile("" : "+m"(bytes), "+m"(floats));  // unknown to the compiler
-  constexpr int kSums = 12;
+  constexpr int kSums =
+      kTileRows * tile_vecs(kTileRows) < 12 ? kTileRows * tile_vecs(kTileRows) : 12;
   if (kind == WeightKind::kFp32 || kind == WeightKind::kBf16) {
     Vec sums[kSums];
     for (Vec& sum : sums) sum = zero();
@@ -42,8 +43,10 @@ static int multiply_registers(WeightKind kind, int64_t rounds) {
     for (IVec& sum : sums) sum = broadcast_i32(0);
     const Int8Weights weights = load_int8_weights(bytes);
     for (int64_t i = 0; i < rounds; ++i) {
-      for (int v = 0; v < kSums; ++v)
+      for (int v = 0; v < kSums; ++v) {
+        asm volatile("" : "+m"(floats));  // or one product would do for all
         sums[v] = dot_int8(sums[v], weights, reinterpret_cast<int8_t*>(floats));
+      }
     }
     for (const IVec& sum : sums) store(floats, load(floats) + to_float(sum));
   }

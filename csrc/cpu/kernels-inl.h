@@ -9,13 +9,9 @@
 // clang-format on
 
 const Kernels kTable = {
-    kMaxQueries,  activation_row_bytes,
-    convert_row,  linear_tile,
-    layer_norm,   rms_norm,
-    rotate,       scale,
-    append_kv,    attend_chunk,
-    merge_states, finish_state,
-    unpack_row,   pack_panel,
-    max_or_nan,   log_sum_exp,
-    read_memory,  multiply_registers,
+    kMaxQueries,  kMaxTileRows, kTileFloats, activation_row_bytes,
+    convert_row,  linear_tile,  layer_norm,  rms_norm,
+    rotate,       scale,        append_kv,   attend_chunk,
+    merge_states, finish_state, unpack_row,  pack_panel,
+    max_or_nan,   log_sum_exp,  read_memory, multiply_registers,
 };

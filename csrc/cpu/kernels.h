@@ -68,10 +68,12 @@ struct Epilogue {
 
 struct Kernels {
   int max_queries;
+  int max_tile_rows;    // of a product
+  int64_t tile_floats;  // of scratch for it
   int64_t (*activation_row_bytes)(const Matrix&);
   // One row of k floats (zeros behind them up to a multiple of 16) to the form that `w` multiplies.
   void (*convert_row)(const float* x, const Matrix& w, const Activations& a, int64_t row);
-  // Rows [first_row, first_row + rows) times a panel; `tile` is scratch of rows * 64 floats.
+  // Rows [first_row, first_row + rows) times a panel; `tile` is scratch of tile_floats.
   void (*linear_tile)(const Matrix& w, const Activations& a, int64_t first_row, int rows, int panel,
                       float* tile, const Epilogue& epilogue);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n,

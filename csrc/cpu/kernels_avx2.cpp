@@ -20,7 +20,11 @@ namespace leangpt::cpu::avx2 {
 
 #include "vec_avx2.h"
 //
+#include "products_avx2.h"
+//
 #include "kernels-inl.h"
+//
+#include "linear_avx2.h"
 
 }  // namespace leangpt::cpu::avx2
 

@@ -60,7 +60,7 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
     typename Format::Weights weights[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = panel + step * kStepBytes + v * 64;
-      if constexpr (kRows <= 2) prefetch_weights(at);
+      if constexpr (kRows <= kFetchingRows) prefetch_weights(at);
       weights[v] = Format::load_weights(at);
     }
     for (int r = 0; r < kRows; ++r) {
@@ -77,9 +77,22 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
   }
 }
 
+// Of more rows than a tile has, on those ISAs that copy weights for them.
+template <class Format>
+static void copied_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                int panel, float* tile);
+template <int kDigits>
+static void copied_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile);
+
 template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                          int panel, float* tile) {
+  if constexpr (kCopiesWeights) {
+    if (rows > kTileRows) {
+      return copied_float_linear<Format>(w, a, first_row, rows, panel, tile);
+    }
+  }
   const int64_t steps = w.steps();
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t block = steps - step < kBlockSteps ? steps - step : kBlockSteps;
@@ -141,6 +154,34 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
   }
 }
 
+// Add to `sums` the products of a group with rows that lie `stride` apart.
+template <int kRows, int kVecs, bool kFetches>
+static void add_int4_group(const uint8_t* group, const int8_t* inputs, int64_t stride, int steps,
+                           IVec (&sums)[kRows][kVecs]) {
+  for (int first = 0; first < steps; first += kInt4Steps) {
+    Int4Sum some[kRows][kVecs];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) some[r][v] = start_int4_sum(sums[r][v]);
+    }
+    const int end = steps - first < kInt4Steps ? steps : first + kInt4Steps;
+    for (int step = first; step < end; ++step) {
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* at = group + step * kStepBytes + v * 64;
+        if constexpr (kFetches) prefetch_int4_weights(at);
+        Int8Weights low, high;
+        load_int4_weights(at, low, high);
+        for (int r = 0; r < kRows; ++r) {
+          const int8_t* x = inputs + r * stride + step * 8;
+          some[r][v] = dot_int4(dot_int4(some[r][v], low, x), high, x + 4);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = finish_int4_sum(sums[r][v], some[r][v]);
+    }
+  }
+}
+
 // Grouped integers: the sum of each group is an exact integer, groups are added as floats, one
 // after the other.
 template <bool kIsInt4, int kTokens, int kDigits, int kVecs>
@@ -168,18 +209,13 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
     }
     const uint8_t* group = weights + g * group_steps * kStepBytes;
     const int8_t* inputs = digits + g * w.group;
-    for (int step = 0; step < group_steps; ++step) {
-      for (int v = 0; v < kVecs; ++v) {
-        const uint8_t* at = group + step * kStepBytes + v * 64;
-        if constexpr (kIsInt4) {
-          if constexpr (kTokens <= 2) prefetch_int4_weights(at);
-          Int8Weights low, high;
-          load_int4_weights(at, low, high);
-          for (int r = 0; r < kTokens * kDigits; ++r) {
-            const int8_t* x = inputs + r * padded_k + step * 8;
-            sums[r][v] = dot_int8(dot_int8(sums[r][v], low, x), high, x + 4);
-          }
-        } else {
+    if constexpr (kIsInt4) {
+      add_int4_group<kTokens * kDigits, kVecs, kTokens <= 2>(group, inputs, padded_k, group_steps,
+                                                             sums);
+    } else {
+      for (int step = 0; step < group_steps; ++step) {
+        for (int v = 0; v < kVecs; ++v) {
+          const uint8_t* at = group + step * kStepBytes + v * 64;
           if constexpr (kTokens <= 2) prefetch_weights(at);
           const Int8Weights bytes = load_int8_weights(at);
           for (int r = 0; r < kTokens * kDigits; ++r) {
@@ -214,6 +250,11 @@ template <int kDigits>
 static void int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
+  if constexpr (kCopiesWeights) {
+    if (w.group == 0 && rows > kTokens && w.padded_k() <= kMostCopiedInputs) {
+      return copied_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
+    }
+  }
   for (int r = 0; r < rows; r += kTokens) {
     const int64_t row = first_row + r;
     with_constant<kTokens>(rows - r < kTokens ? rows - r : kTokens, [&](auto T) {

@@ -3,12 +3,6 @@
 #include <algorithm>
 
 namespace leangpt::cpu {
-namespace {
-
-constexpr int64_t kRowBlock = 96;  // rows of a tile: with its panels they stay in the L2 cache
-constexpr int64_t kTileFloats = kRowBlock * kPanelWidth;
-
-}  // namespace
 
 void Linear::make_room(const Matrix& w, int64_t rows) {
   const int64_t bytes = kernels().activation_row_bytes(w), groups = w.groups();
@@ -20,16 +14,17 @@ template <class F>
 void Linear::multiply_some(const Matrix& w, int64_t rows, int64_t panels, const F& panel_of,
                            const Epilogue& epilogue) {
   Team& team = Team::get();
-  float* room = tiles_.get(team.num_threads() * kTileFloats);
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const Kernels& k = kernels();
+  float* room = tiles_.get(team.num_threads() * k.tile_floats);
+  const int64_t most = k.max_tile_rows, blocks = (rows + most - 1) / most;
   team.run(panels * blocks, [&](int64_t item, int thread) {
-    const int64_t first_row = item / panels * kRowBlock;
+    const int64_t first_row = item / panels * most;
     Epilogue shifted = epilogue;
     shifted.out += first_row * epilogue.stride;
     if (epilogue.addends) shifted.addends += first_row;
-    kernels().linear_tile(
-        w, activations_, first_row, static_cast<int>(std::min(kRowBlock, rows - first_row)),
-        static_cast<int>(panel_of(item % panels)), room + thread * kTileFloats, shifted);
+    k.linear_tile(w, activations_, first_row, static_cast<int>(std::min(most, rows - first_row)),
+                  static_cast<int>(panel_of(item % panels)), room + thread * k.tile_floats,
+                  shifted);
   });
 }
 

@@ -210,6 +210,6 @@ static inline IVec dot_int8(IVec sum, Int8Weights w, const int8_t* a) {
 // panel, and so read it as one stream.
 constexpr int kTileRows = 6;
 constexpr int tile_vecs(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 2 : 1; }
+constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 4 : 1; }
 constexpr int kMaxQueries = 4;
 constexpr int kAttentionSums = 4;

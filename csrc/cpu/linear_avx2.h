@@ -1,0 +1,245 @@
+// Products of more rows than one tile has, where multiplying is the bound: all tiles share a copy
+// of a block of weights in the form that they multiply, 16 outputs after the other, so that it is
+// widened once and lies in the L1 cache, of which lines 256 bytes apart would use a quarter. The
+// sums run in the same order as those of few rows.
+//
+// The copy, sums that go on in the next block, and int8 rows widened lie behind the tile, see
+// kTileFloats.
+
+// Where a product's tiles find what they share.
+struct Shared {
+  uint8_t* weights;
+  uint8_t* sums;  // (rows, 64) float32, or for each digit of a row int32
+  int16_t* rows;
+  explicit Shared(float* tile)
+      : weights(reinterpret_cast<uint8_t*>(tile + kMaxTileRows * kPanelWidth)),
+        sums(weights + kCopiedBytes),
+        rows(reinterpret_cast<int16_t*>(sums + kMaxTileRows * kPanelWidth * 4 * kMaxWideDigits)) {}
+};
+
+// Calls f(first, Int<n>) for tiles of rows as even as they can be, of at most kMost.
+template <int kMost, class F>
+static void each_tile(int rows, const F& f) {
+  const int tiles = (rows + kMost - 1) / kMost;
+  for (int t = 0; t < tiles; ++t) {
+    const int first = t * rows / tiles;
+    with_constant<kMost>((t + 1) * rows / tiles - first, [&](auto n) { f(first, n); });
+  }
+}
+
+// Sums of some rows and 16 outputs, over the inputs of a block. Of `next`, which lies where the
+// next block is read from, it asks for some bytes with each input.
+template <int kRows, int kFetchedBytes>
+static void copied_float_tile(const float* weights, const float* rows, int64_t stride, int inputs,
+                              const uint8_t* next, bool goes_on, float* sums) {
+  Vec totals[kRows];
+  for (int r = 0; r < kRows; ++r) totals[r] = goes_on ? load(sums + r * kPanelWidth) : zero();
+  for (int i = 0; i < inputs; ++i) {
+    __builtin_prefetch(next + i * kFetchedBytes, 0, 2);
+    const Vec w = load(weights + i * kLanes);
+    for (int r = 0; r < kRows; ++r) totals[r] = fma(w, broadcast(rows[r * stride + i]), totals[r]);
+  }
+  for (int r = 0; r < kRows; ++r) store(sums + r * kPanelWidth, totals[r]);
+}
+
+template <class Format>
+static void copy_floats(const uint8_t* panel, int inputs, float* copy) {
+  for (int i = 0; i < inputs; i += Format::kInputs) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const auto weights = Format::load_weights(panel + i / Format::kInputs * kStepBytes + v * 64);
+      float* to = copy + (v * kCopiedFloats + i) * kLanes;
+      if constexpr (Format::kInputs == 1) {
+        store(to, weights);
+      } else {
+        store(to, weights.even);
+        store(to + kLanes, weights.odd);
+      }
+    }
+  }
+}
+
+template <class Format>
+static void copied_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                int panel, float* tile) {
+  constexpr int kBlockInputs = kBlockSteps * Format::kInputs;
+  const Shared shared(tile);
+  auto* weights = reinterpret_cast<float*>(shared.weights);
+  auto* sums = reinterpret_cast<float*>(shared.sums);
+  const int64_t inputs = w.padded_k(), stride = a.row_bytes / 4;
+  for (int64_t first = 0; first < inputs; first += kCopiedFloats) {
+    const int count =
+        static_cast<int>(inputs - first < kCopiedFloats ? inputs - first : kCopiedFloats);
+    const int steps = count / Format::kInputs;
+    const uint8_t* block = w.data + panel * w.panel_bytes() + first / Format::kInputs * kStepBytes;
+    const uint8_t* next = block + steps * kStepBytes;
+    copy_floats<Format>(block, count, weights);
+    for (int v = 0; v < kPanelVecs; ++v) {
+      each_tile<kTileRows>(rows, [&](int r, auto n) {
+        const auto* x = reinterpret_cast<const float*>(a.rows + (first_row + r) * a.row_bytes);
+        copied_float_tile<decltype(n)::value, 64 / Format::kInputs>(
+            weights + v * kCopiedFloats * kLanes, x + first, stride, count, next + v * steps * 64,
+            first % kBlockInputs != 0, sums + r * kPanelWidth + v * kLanes);
+      });
+    }
+    if ((first + count) % kBlockInputs != 0 && first + count != inputs) continue;
+    for (int i = 0; i < rows * kPanelWidth; i += kLanes) {
+      store(tile + i, first < kBlockInputs ? load(sums + i) : load(tile + i) + load(sums + i));
+    }
+  }
+}
+
+// The weights of a block, less the 128 that is added to them: 16 outputs with inputs 0 and 2, then
+// with 1 and 3, of each four.
+static void copy_int8(const uint8_t* panel, int inputs, int16_t* copy) {
+  const __m256i offset = _mm256_set1_epi16(128), mask = _mm256_set1_epi16(0x00FF);
+  for (int step = 0; step < inputs / 4; ++step) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const Int8Weights bytes = load_int8_weights(panel + step * kStepBytes + v * 64);
+      auto* to = reinterpret_cast<__m256i*>(copy + v * kCopiedInt16s * kLanes + step * 64);
+      const auto even = [&](__m256i x) {
+        return _mm256_sub_epi16(_mm256_and_si256(x, mask), offset);
+      };
+      const auto odd = [&](__m256i x) { return _mm256_sub_epi16(_mm256_srli_epi16(x, 8), offset); };
+      _mm256_store_si256(to, even(bytes.lo));
+      _mm256_store_si256(to + 1, even(bytes.hi));
+      _mm256_store_si256(to + 2, odd(bytes.lo));
+      _mm256_store_si256(to + 3, odd(bytes.hi));
+    }
+  }
+}
+
+// Digits of a row in the order of the copied weights. Three digits of base 256 become two of base
+// 4096, in [-2048, 2047] and [-2040, 2040], side by side for each four inputs.
+template <int kDigits>
+static void widen_row(const int8_t* digits, int64_t padded_k, int inputs, int16_t* row) {
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  const auto put = [&](__m256i words) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(row), _mm256_shuffle_epi8(words, order));
+    row += 16;
+  };
+  if constexpr (kDigits == 1) {
+    for (int i = 0; i < inputs; i += 16) {
+      put(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(digits + i))));
+    }
+  } else {
+    for (int i = 0; i < inputs; i += 8) {
+      const auto digit = [&](int d) {
+        return _mm256_cvtepi8_epi32(
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(digits + d * padded_k + i)));
+      };
+      const __m256i all =
+          _mm256_add_epi32(_mm256_slli_epi32(digit(0), 16),
+                           _mm256_add_epi32(_mm256_slli_epi32(digit(1), 8), digit(2)));
+      const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(all, _mm256_set1_epi32(2048)), 12);
+      put(_mm256_packs_epi32(high, _mm256_sub_epi32(all, _mm256_slli_epi32(high, 12))));
+    }
+  }
+}
+
+// Sums of some tokens and 16 outputs, over the inputs of a block; kDigits here is that of the
+// widened rows.
+template <int kTokens, int kDigits>
+static void copied_int8_tile(const int16_t* weights, const int16_t* rows, int steps,
+                             const uint8_t* next, bool goes_on, int32_t* sums) {
+  constexpr int kStride = kCopiedInt16s * kDigits;
+  IVec totals[kTokens][kDigits];
+  const auto at = [&](int t, int d) {
+    return reinterpret_cast<__m256i*>(sums + (t * kDigits + d) * kPanelWidth);
+  };
+  for (int t = 0; t < kTokens; ++t) {
+    for (int d = 0; d < kDigits; ++d) {
+      totals[t][d] = goes_on ? IVec{_mm256_load_si256(at(t, d)), _mm256_load_si256(at(t, d) + 1)}
+                             : broadcast_i32(0);
+    }
+  }
+  for (int step = 0; step < steps; ++step) {
+    __builtin_prefetch(next + step * 64, 0, 2);
+    const auto* w = reinterpret_cast<const __m256i*>(weights + step * 64);
+    const IVec even = {_mm256_load_si256(w), _mm256_load_si256(w + 1)};
+    const IVec odd = {_mm256_load_si256(w + 2), _mm256_load_si256(w + 3)};
+    for (int t = 0; t < kTokens; ++t) {
+      for (int d = 0; d < kDigits; ++d) {
+        const int16_t* x = rows + t * kStride + (step * kDigits + d) * 4;
+        const auto add = [&](IVec pair_weights, const int16_t* pair) {
+          int32_t bits;
+          std::memcpy(&bits, pair, sizeof bits);
+          const __m256i both = _mm256_set1_epi32(bits);
+          IVec& total = totals[t][d];
+          total.lo = _mm256_add_epi32(total.lo, _mm256_madd_epi16(pair_weights.lo, both));
+          total.hi = _mm256_add_epi32(total.hi, _mm256_madd_epi16(pair_weights.hi, both));
+        };
+        add(even, x);
+        add(odd, x + 2);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int d = 0; d < kDigits; ++d) {
+      _mm256_store_si256(at(t, d), totals[t][d].lo);
+      _mm256_store_si256(at(t, d) + 1, totals[t][d].hi);
+    }
+  }
+}
+
+// high * 4096 + low, rounded once.
+static inline Vec combine_wide_digits(IVec high, IVec low) {
+  const __m256d base = _mm256_set1_pd(4096.0);
+  const auto quarter = [&](__m128i h, __m128i l) {
+    return _mm256_cvtpd_ps(_mm256_fmadd_pd(_mm256_cvtepi32_pd(h), base, _mm256_cvtepi32_pd(l)));
+  };
+  const auto half = [&](__m256i h, __m256i l) {
+    const __m128 first = quarter(_mm256_castsi256_si128(h), _mm256_castsi256_si128(l));
+    const __m128 second = quarter(_mm256_extracti128_si256(h, 1), _mm256_extracti128_si256(l, 1));
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
+  };
+  return {half(high.lo, low.lo), half(high.hi, low.hi)};
+}
+
+template <int kDigits>
+static void copied_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile) {
+  constexpr int kWide = kDigits == 3 ? 2 : 1;
+  const Shared shared(tile);
+  auto* weights = reinterpret_cast<int16_t*>(shared.weights);
+  auto* sums = reinterpret_cast<int32_t*>(shared.sums);
+  const int64_t inputs = w.padded_k();
+  for (int64_t first = 0; first < inputs; first += kCopiedInt16s) {
+    const int count =
+                  static_cast<int>(inputs - first < kCopiedInt16s ? inputs - first : kCopiedInt16s),
+              steps = count / 4;
+    const uint8_t* block = w.data + panel * w.panel_bytes() + first / 4 * kStepBytes;
+    const uint8_t* next = block + steps * kStepBytes;
+    copy_int8(block, count, weights);
+    for (int r = 0; r < rows; ++r) {
+      const auto* row = reinterpret_cast<const int8_t*>(a.rows + (first_row + r) * a.row_bytes);
+      widen_row<kDigits>(row + first, inputs, count, shared.rows + r * kCopiedInt16s * kWide);
+    }
+    for (int v = 0; v < kPanelVecs; ++v) {
+      each_tile<kDigits == 3 ? 2 : 5>(rows, [&](int t, auto n) {
+        copied_int8_tile<decltype(n)::value, kWide>(
+            weights + v * kCopiedInt16s * kLanes, shared.rows + t * kCopiedInt16s * kWide, steps,
+            next + v * steps * 64, first != 0, sums + t * kWide * kPanelWidth + v * kLanes);
+      });
+    }
+  }
+  const float* scales = static_cast<const float*>(w.scales) + panel * kPanelWidth;
+  for (int v = 0; v < kPanelVecs; ++v) {
+    const Vec scale = load(scales + v * kLanes);
+    for (int r = 0; r < rows; ++r) {
+      const auto digit = [&](int d) {
+        const auto* at =
+            reinterpret_cast<const __m256i*>(sums + (r * kWide + d) * kPanelWidth + v * kLanes);
+        return IVec{_mm256_load_si256(at), _mm256_load_si256(at + 1)};
+      };
+      Vec value;
+      if constexpr (kDigits == 3) {
+        value = combine_wide_digits(digit(0), digit(1));
+      } else {
+        value = to_float(digit(0));
+      }
+      store(tile + r * kPanelWidth + v * kLanes,
+            value * (scale * broadcast(a.scales[first_row + r])));
+    }
+  }
+}

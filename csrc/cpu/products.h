@@ -1,0 +1,20 @@
+// How products run where the CPU's instructions leave no more to gain. products_avx2.h has the same
+// names.
+
+constexpr int kMaxTileRows = 96;  // with a panel of weights they stay in the L2 cache
+constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth;
+// A tile of at most so many rows asks for its weights ahead.
+constexpr int kFetchingRows = 2;
+// Whether more rows than a tile has share a copy of the weights, and of how many inputs at most
+// those of int8.
+constexpr bool kCopiesWeights = false;
+constexpr int64_t kMostCopiedInputs = 0;
+
+// int4 weights are multiplied as int8 ones, and a group is summed at once.
+constexpr int kInt4Steps = 1 << 20;
+using Int4Sum = IVec;
+static inline Int4Sum start_int4_sum(IVec sum) { return sum; }
+static inline Int4Sum dot_int4(Int4Sum sum, Int8Weights w, const int8_t* a) {
+  return dot_int8(sum, w, a);
+}
+static inline IVec finish_int4_sum(IVec, Int4Sum sum) { return sum; }

@@ -1,0 +1,36 @@
+// How products run with AVX2; the same names as products.h, which says what they are.
+
+constexpr int kMaxTileRows = 128;
+// A tile, and behind it what tiles share, see linear_avx2.h: a block of weights, sums, int8 rows.
+constexpr int kCopiedBytes = 65536;
+constexpr int kCopiedFloats = kCopiedBytes / (kPanelWidth * 4);  // inputs of a block
+constexpr int kCopiedInt16s = kCopiedBytes / (kPanelWidth * 2);
+constexpr int kMaxWideDigits = 2;
+constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * (1 + kMaxWideDigits) +
+                                kCopiedBytes / 4 +
+                                kMaxTileRows * kCopiedInt16s * kMaxWideDigits / 2;
+constexpr int kFetchingRows = 6;
+constexpr bool kCopiesWeights = true;
+constexpr int64_t kMostCopiedInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
+
+// Bytes are multiplied with bytes, into pairs in an int16: with weights of at most 15 a pair is at
+// most 3,840, and 8 of them fit.
+constexpr int kInt4Steps = 4;
+struct Int4Sum {
+  __m256i lo, hi;
+};
+static inline Int4Sum start_int4_sum(IVec) {
+  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+static inline Int4Sum dot_int4(Int4Sum sum, Int8Weights w, const int8_t* a) {
+  int32_t four;
+  std::memcpy(&four, a, sizeof four);
+  const __m256i x = _mm256_set1_epi32(four);
+  return {_mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, x)),
+          _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, x))};
+}
+static inline IVec finish_int4_sum(IVec before, Int4Sum sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(before.lo, _mm256_madd_epi16(sum.lo, ones)),
+          _mm256_add_epi32(before.hi, _mm256_madd_epi16(sum.hi, ones))};
+}

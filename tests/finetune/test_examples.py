@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from leangpt import GPT, GPTConfig
 from leangpt.data.tokenizer import ByteTokenizer, CharTokenizer, train_tokenizer
 from leangpt.decoding.choice import decoder_of
+from leangpt.finetune import Tuned, methods
 from leangpt.finetune.decoder import hidden_of_candidates, hidden_states
 from leangpt.finetune.modules import (
     Classifier,
@@ -36,7 +37,7 @@ CHARS = CharTokenizer.train(["北京大学在中关村，你好客服退货订�
 
 def tiny(**options):
     torch.manual_seed(3)
-    shape = {"vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16, "max_seq_len": 64}
+    shape = {"vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16, "max_seq_len": 96}
     return GPT(GPTConfig(**shape | options)).double()
 
 
@@ -306,7 +307,7 @@ class TestTag:
         row = {"words": ["在", "北京", "ok", "!"], "tags": ["O", "B-LOC", "O", "O"]}
         task, [sample] = self.fitted(row)
         assert sample.text == "在北京 ok !"
-        example = task.encode(sample, tokenizer, 64)
+        [example] = task.encode_all(sample, tokenizer, 64)
         ends = [
             tokenizer.decode(example.tokens[: i + 1])
             for i, t in enumerate(example.targets)
@@ -357,10 +358,44 @@ class TestTag:
         with pytest.raises(ValueError, match=message):
             Tag().parse(row)
 
-    def test_what_is_too_long(self):
-        task, [sample] = self.fitted({"words": ["ab", "cd"], "tags": ["X", "Y"]})
-        example = task.encode(sample, BYTES, 3)
-        assert example.is_cut and example.targets == [IGNORED, 0, IGNORED]
+    @pytest.mark.parametrize("max_len", [1, 2, 3, 7, 8, 30])
+    def test_each_word_of_a_long_text_is_a_target_once(self, max_len):
+        """In windows that overlap by half, with half a window to its left unless there is less of the text."""
+        words = [f"{i:02}" for i in range(10)]
+        row = {"words": words, "tags": ["X" if i % 3 else "Y" for i in range(10)]}
+        task, [sample] = self.fitted(row)
+        [whole] = task.encode_all(sample, BYTES, 64)
+        examples = task.encode_all(sample, BYTES, max_len)
+        stride = max_len - max_len // 2
+        found = {}
+        for i, example in enumerate(examples):
+            assert example.tokens == whole.tokens[i * stride : i * stride + max_len]
+            assert not example.is_cut
+            for place, target in enumerate(example.targets):
+                if target != IGNORED:
+                    assert i * stride + place not in found
+                    assert place >= min(max_len // 2, i * stride + place)
+                    found[i * stride + place] = target
+        assert found == {i: t for i, t in enumerate(whole.targets) if t != IGNORED}
+
+    def test_long_texts_are_tagged_to_their_end(self):
+        """As a model does whose context is one token, which no window hides."""
+        words = [chr(ord("a") + i % 5) for i in range(40)]
+        task, [sample] = self.fitted({"words": words, "tags": ["X", "Y"] * 20})
+        torch.manual_seed(0)
+        model = tiny(position="rotary", n_layer=1).float()
+        with torch.no_grad():
+            model.blocks[0].attn_out.weight.zero_()
+            model.blocks[0].attn_out.bias.zero_()
+        module = task.make_module(model, ())
+        torch.nn.init.normal_(module.head.weight)
+        adapted = methods.create("full").attach(model)
+        tuned = {n: Tuned(task, module, adapted, BYTES, n) for n in (8, 64, 500)}
+        [whole], [short], [middle] = (task.predict(tuned[n], [sample]) for n in (500, 8, 64))
+        assert len(whole["tags"]) == 40 and len(set(whole["tags"])) == 2
+        for prediction in (short, middle):
+            assert prediction["tags"] == whole["tags"]
+            assert prediction["probabilities"] == pytest.approx(whole["probabilities"], rel=1e-4)
 
 
 class TestChat:

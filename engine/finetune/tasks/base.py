@@ -93,7 +93,7 @@ class Task(Generic[Sample]):
         return self
 
     def encode_all(self, sample: Sample, tokenizer: Tokenizer, max_len: int) -> list[Example]:
-        """The examples of a sample: one, but for documents."""
+        """The examples of a sample: one, but for long texts."""
         return [self.encode(sample, tokenizer, max_len)]
 
     def encode(self, sample: Sample, tokenizer: Tokenizer, max_len: int) -> Example:

@@ -2,8 +2,12 @@
 
 A word is labelled at its last token: the model looks to the left only, and has seen the whole word there. Tokens belong to words
 by their place in the text, so every tokenizer will do; where two words end in one token, the token has the label of the second.
+
+A text that is longer than what the model reads is read in windows that overlap by half. Each token counts in the one where most of
+the text stands to its left: in the first that it is in.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +98,8 @@ class Tag(Task[TaggedText]):
             raise ValueError(f"there must be two tags or more, got {', '.join(tags) or 'none'}")
         return replace(self, tags=tags)
 
-    def encode(self, sample: TaggedText, tokenizer: Tokenizer, max_len: int) -> Example:
+    def encode_all(self, sample: TaggedText, tokenizer: Tokenizer, max_len: int) -> list[Example]:
+        """A window or several; a word is a target in one of them."""
         tokens, places = self.places(sample, tokenizer)
         targets = [IGNORED] * len(tokens)
         for place, tag in zip(places, sample.tags, strict=False):
@@ -102,7 +108,13 @@ class Tag(Task[TaggedText]):
                     f"tag {tag!r} is not among those of the training data ({', '.join(self.tags)})"
                 )
             targets[place] = self.tags.index(tag)
-        return Example(tokens[:max_len], targets[:max_len], is_cut=len(tokens) > max_len)
+        return [
+            Example(
+                tokens[start : start + max_len],
+                [IGNORED] * context + targets[start + context : start + max_len],
+            )
+            for start, context in _windows(len(tokens), max_len)
+        ]
 
     def places(self, sample: TaggedText, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """Tokens of the text, and for each word the index of its last token."""
@@ -127,22 +139,19 @@ class Tag(Task[TaggedText]):
         return Tagger(model, len(self.tags), weights)
 
     def predict(self, tuned: "Tuned", samples: Sequence[TaggedText]) -> list[Prediction]:
-        """Tags of all words; those beyond what the model can read are O, or the first tag where there is no O."""
-        bare = [sample._replace(tags=()) for sample in samples]
-        examples = [self.encode(sample, tuned.tokenizer, tuned.max_len) for sample in bare]
         assert isinstance(tuned.module, Tagger)
-        rest = OUTSIDE if OUTSIDE in self.tags else self.tags[0]
-        predictions: list[Prediction] = []
-        texts = [example.tokens for example in examples]
+        bare = [sample._replace(tags=()) for sample in samples]
+        parts = [self.encode_all(sample, tuned.tokenizer, tuned.max_len) for sample in bare]
+        texts = [example.tokens for examples in parts for example in examples]
         rows = hidden_states(tuned.decoder, texts, tuned.batch_size)
-        for sample, hidden in zip(bare, rows, strict=True):
-            _, places = self.places(sample, tuned.tokenizer)
-            best = tuned.module.probabilities(torch.from_numpy(hidden)).max(-1)
-            tags, probabilities = [], []
-            for place in places:
-                is_read = place < tuned.max_len
-                tags.append(self.tags[int(best.indices[place])] if is_read else rest)
-                probabilities.append(best.values[place].item() if is_read else 0.0)
+        predictions: list[Prediction] = []
+        for sample in bare:
+            tokens, places = self.places(sample, tuned.tokenizer)
+            windows = _windows(len(tokens), tuned.max_len)
+            hidden = np.concatenate([next(rows)[context:] for _, context in windows])
+            best = tuned.module.probabilities(torch.from_numpy(hidden)[places]).max(-1)
+            tags = [self.tags[i] for i in best.indices.tolist()]
+            probabilities = best.values.tolist()
             spans = [_span_of_text(sample, span, probabilities) for span in self.spans(tags)]
             predictions.append({"tags": tags, "probabilities": probabilities, "spans": spans})
         return predictions
@@ -163,6 +172,14 @@ class Tag(Task[TaggedText]):
         share = accuracy(all_true, [tag for p in predictions for tag in p["tags"]])
         metrics = {"token_accuracy": share, "labels": table.to_dict()}
         return Report(metrics, f"{table}\n\ntoken accuracy {share:.4f}")
+
+
+def _windows(length: int, max_len: int) -> list[tuple[int, int]]:
+    """Where each window begins, and how many of its first tokens only are context of the others."""
+    context = max_len // 2
+    stride = max_len - context
+    count = 1 + max(0, math.ceil((length - max_len) / stride))
+    return [(i * stride, context if i else 0) for i in range(count)]
 
 
 def _labelled(spans: Sequence[Span]) -> list[tuple[str, tuple[int, int]]]:

@@ -152,6 +152,10 @@ class GPT(nn.Module):
             if config.tie_embeddings
             else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         )
+        # (tokens, out) -> what takes the place of their rows of the token table, out (B, T, C)
+        self.wte_delta: nn.Module | None = None
+        # hidden (..., C) -> x (..., r), w (V, r), whose product is added to the logits
+        self.head_delta: nn.Module | None = None
         # (layer, k, v) -> k, v (B, S, H_kv, D) with the keys and values of a learned prefix in front
         self.prefix: nn.Module | None = None
         # train with the activations of one block in memory: those of the others are computed again for their gradients
@@ -191,7 +195,8 @@ class GPT(nn.Module):
     def has_additions(self) -> bool:
         """Whether fine-tuning has hung something on it, so that its own weights are not all of it."""
         linears = (m for m in self.modules() if isinstance(m, Linear))
-        return self.prefix is not None or not all(linear.is_plain for linear in linears)
+        others = (self.prefix, self.wte_delta, self.head_delta)
+        return any(m is not None for m in others) or not all(m.is_plain for m in linears)
 
     def must_be_plain(self, purpose: str) -> None:
         """Raise ValueError, with the purpose, where it has additions."""
@@ -245,13 +250,15 @@ class GPT(nn.Module):
             if limit < T:
                 raise ValueError(f"the model reads at most {limit} tokens, got {T}")
             positions = torch.arange(T, device=tokens.device)[None]
+        rope = None
         if self.wpe is not None:
             stream = ops.embedding(tokens, self.wte.weight, positions, self.wpe.weight)
-            rope = None
         else:
             stream = ops.embedding(tokens, self.wte.weight)
             frequencies = self.frequencies.to(positions.device)
             rope = rotary_tables(positions, frequencies, self.rope_magnitude)
+        if self.wte_delta is not None:
+            stream = self.wte_delta(tokens, stream)
         stream = F.dropout(stream, self.config.dropout, self.training)
         for block in self.blocks:
             if self.recomputes_blocks and torch.is_grad_enabled():
@@ -260,9 +267,21 @@ class GPT(nn.Module):
                 stream = block(stream, rope, attend or self.attend)
         return self.norm_f(stream)
 
+    def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`(..., C)` to the two factors of its logits, `x` `(..., C)` and `w` `(V, C)`; a delta of the head makes both wider."""
+        if self.head_delta is None:
+            return hidden, self.head_weight
+        low, up = self.head_delta(hidden)
+        weight = self.head_weight
+        return torch.cat((hidden, low), dim=-1), torch.cat((weight, up.to(weight.dtype)), dim=1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`(..., C)` to `(..., V)`."""
-        return ops.linear(hidden, self.head_weight)
+        return ops.linear(*self.head_factors(hidden))
+
+    def losses(self, hidden: Tensor, targets: Tensor, reduction: ops.Reduction) -> Tensor:
+        """Cross-entropy of the logits of hidden states, in nats (-100 does not count)."""
+        return ops.linear_cross_entropy(*self.head_factors(hidden), targets, reduction=reduction)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, reduction: ops.Reduction = "mean"
@@ -271,4 +290,4 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens)
         if targets is None:
             return self.logits(hidden)
-        return ops.linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
+        return self.losses(hidden, targets, reduction)

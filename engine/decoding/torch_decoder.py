@@ -143,8 +143,7 @@ class TorchDecoder:
         def finish(hidden: Tensor) -> Tensor:
             if targets is not None:
                 wanted = _tensor(targets).to(hidden.device)
-                weight = self.model.head_weight
-                return -ops.linear_cross_entropy(hidden, weight, wanted, reduction="none")
+                return -self.model.losses(hidden, wanted, "none")
             return self.model.logits(hidden) if output == "logits" else hidden
 
         result = self._step(tokens, sequences, positions, output_rows, finish)

@@ -22,6 +22,10 @@ class TaskModule(nn.Module):
         self.model = model
         self.head: nn.Linear | None = None
         if num_outputs:
+            if model.head_delta is not None:
+                raise ValueError(
+                    "the head over the vocabulary is not used by a task that has a head of its own: leave it out of targets"
+                )
             C = model.config.n_embd
             self.head = nn.Linear(C, num_outputs).to(model.device, model.wte.weight.dtype)
             nn.init.normal_(self.head.weight, std=0.02)

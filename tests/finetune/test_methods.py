@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leangpt import GPT, GPTConfig
+from leangpt.decoding.torch_decoder import TorchDecoder
 from leangpt.finetune import methods
+from leangpt.finetune.decoder import decoder_of_tuned
 from leangpt.finetune.methods.int8 import Int8Linear
+from leangpt.finetune.tasks import Classify
 from leangpt.pretrained import load_model, save_pretrained
 
 GPT2_STYLE = GPTConfig(vocab_size=97, n_layer=2, n_head=4, n_embd=32, max_seq_len=64)
@@ -264,7 +267,12 @@ def test_a_model_with_additions_is_not_taken_for_a_plain_one(tmp_path):
         (
             "lora",
             {"targets": ("q_proj",)},
-            "targets must be of qkv, attn_out, mlp_in, mlp_out, got 'q_proj'",
+            "targets must be of qkv, attn_out, mlp_in, mlp_out, head, wte, got 'q_proj'",
+        ),
+        (
+            "adalora",
+            {"targets": ("head",)},
+            "targets must be of qkv, attn_out, mlp_in, mlp_out, got 'head'",
         ),
         ("lora", {"targets": ()}, "targets must name at least one"),
         ("adalora", {"initial_rank": 4}, r"initial_rank must be at least rank \(8\), got 4"),
@@ -284,6 +292,66 @@ def test_lora_on_some_matrices_only():
     adapted = methods.create("lora", rank=2, targets=("qkv", "mlp_out")).attach(model)
     matrices = {name.split(".delta.")[0] for name in adapted.trainable_parameters()}
     assert matrices == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "mlp_out")}
+
+
+@pytest.mark.parametrize("targets", [("head",), ("wte",), ("mlp_in", "head", "wte")], ids=str)
+def test_lora_of_head_and_token_table(targets, base, tmp_path):
+    """It starts as the base, trains alone, is saved and loaded, and merges; tied tables part then."""
+    tokens, _ = batch(2)
+    plain = base(tokens).detach()
+    trained = copy.deepcopy(base)
+    adapted = methods.create("lora", rank=4, targets=targets).attach(trained)
+    torch.testing.assert_close(trained(tokens), plain, rtol=0, atol=1e-6)
+    names = {f"{t}_delta" for t in targets if t != "mlp_in"}
+    assert {n.split(".")[0] for n in adapted.trainable_parameters()} - {"blocks"} == names
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    losses = train(adapted, 12)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(trained.get_parameter(n), p) for n, p in before.items())
+    expected = trained(tokens).detach()
+    adapted.save(tmp_path / "lora")
+    loaded = copy.deepcopy(base)
+    methods.load(tmp_path / "lora", loaded)
+    torch.testing.assert_close(loaded(tokens), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="fine-tuning has additions"):
+        save_pretrained(trained, tmp_path / "model")
+    with pytest.raises(ValueError, match="beside head or token table: merge it"):
+        adapted.additions()
+    decoded = decoder_of_tuned(adapted)
+    sequence = decoded.add_sequence()
+    row = tokens[0].tolist()
+    logits = decoded.forward(row, [sequence] * 20, range(20), range(20))
+    torch.testing.assert_close(torch.from_numpy(logits), expected[0], rtol=0, atol=1e-4)
+    merged = adapted.merge()
+    torch.testing.assert_close(merged(tokens), expected, rtol=0, atol=1e-5)
+    assert not merged.has_additions and not merged.config.tie_embeddings
+    assert torch.equal(merged.wte.weight, base.wte.weight) == ("wte" not in targets)
+    assert torch.equal(merged.head_weight, base.head_weight) == ("head" not in targets)
+
+
+def test_the_torch_decoder_runs_lora_of_head_and_token_table(base):
+    """As samples are drawn while it trains."""
+    adapted = methods.create("lora", rank=4, targets=("head", "wte")).attach(base)
+    train(adapted, 8)
+    tokens = batch(2)[0][0].tolist()
+    decoder = TorchDecoder(base)
+    sequence = decoder.add_sequence()
+    logits = decoder.forward(tokens, [sequence] * 20, range(20), range(20))
+    expected = base(torch.tensor([tokens])).detach()[0]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-5)
+    targets = tokens[1:]
+    again = decoder.add_sequence()
+    logprobs = decoder.forward(
+        tokens, [again] * 20, range(20), range(19), output="logprob_of", targets=targets
+    )
+    wanted = expected.log_softmax(-1)[range(19), targets]
+    torch.testing.assert_close(torch.from_numpy(logprobs), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_task_with_a_head_of_its_own_does_not_use_that_of_the_model(base):
+    methods.create("lora", targets=("qkv", "head")).attach(base)
+    with pytest.raises(ValueError, match="leave it out of targets"):
+        Classify(labels=("a", "b")).make_module(base, ())
 
 
 def test_dropout_of_lora_is_on_in_training_only():

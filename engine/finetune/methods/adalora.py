@@ -181,7 +181,7 @@ class AdaLoRA(Method):
             self.orthogonality >= 0,
             f"orthogonality must not be negative, got {self.orthogonality}",
         )
-        check_targets(self.targets)
+        check_targets(self.targets, TARGETS)
 
     @property
     def first_rank(self) -> int:

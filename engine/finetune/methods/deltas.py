@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from leangpt.kernels import ops
 
 from ...decoding import adapter
-from ...model import Linear
+from ...model import GPT, Linear
 
 
-def _zeros(linear: Linear, *shape: int) -> nn.Parameter:
-    wide = torch.promote_types(linear.weight.dtype, torch.float32)
-    return nn.Parameter(torch.zeros(shape, dtype=wide, device=linear.weight.device))
+def _zeros(module: nn.Linear | nn.Embedding, *shape: int) -> nn.Parameter:
+    wide = torch.promote_types(module.weight.dtype, torch.float32)
+    return nn.Parameter(torch.zeros(shape, dtype=wide, device=module.weight.device))
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -47,8 +47,48 @@ class LowRank(nn.Module):
         return self.down, self.scale * self.up
 
     def exported(self) -> adapter.LowRank:
+        """Without the rows of `down` whose column of `up` is zero."""
         down, up = self.factors()
-        return adapter.LowRank(_array(down), _array(up))
+        kept = up.any(0)
+        return adapter.LowRank(_array(down[kept]), _array(up[:, kept]))
+
+
+class HeadLowRank(LowRank):
+    """LoRA of the head, `GPT.head_delta`: the two factors of what is added to the logits."""
+
+    def __init__(self, model: GPT, rank: int, scale: float, dropout_p: float) -> None:
+        V, C = model.head_weight.shape
+        with torch.device("meta"):
+            linear = Linear(C, V, bias=False)
+        linear.weight = model.head_weight  # of a tied one, the token table
+        super().__init__(linear, rank, scale, dropout_p)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = F.dropout(hidden, self.dropout_p, self.training)
+        down, up = self.factors()
+        return ops.linear(x, down.to(x.dtype)), up
+
+
+class EmbeddingLowRank(nn.Module):
+    """LoRA of the token table, `GPT.wte_delta`: `out + scale * (column of down)^T up^T`, with `down` `(r, V)`, which starts as
+    zeros, and `up` `(C, r)`.
+    """
+
+    def __init__(self, embedding: nn.Embedding, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        V, C = embedding.weight.shape
+        self.down = _zeros(embedding, rank, V)
+        self.up = _zeros(embedding, C, rank)
+        nn.init.normal_(self.up)
+
+    def forward(self, tokens: Tensor, out: Tensor) -> Tensor:
+        rows = F.embedding(tokens, self.down.T).to(out.dtype)  # (B, T, r)
+        return out + ops.linear(rows, (self.scale * self.up).to(out.dtype))
+
+    def product(self) -> Tensor:
+        """`(V, C)` in float64, what merging adds to the table."""
+        return self.down.double().T @ (self.scale * self.up.double()).T
 
 
 class SingularLowRank(LowRank):
@@ -67,12 +107,6 @@ class SingularLowRank(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up * (self.scale * self.singular)
-
-    def exported(self) -> adapter.LowRank:
-        """Without the triplets whose singular value is zero."""
-        down, up = self.factors()
-        kept = self.singular != 0
-        return adapter.LowRank(_array(down[kept]), _array(up[:, kept]))
 
     def keep_first(self, rank: int) -> None:
         """Drop all triplets but the first."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from .config import PRESETS, GPTConfig, SamplingParams, TrainConfig
+from .config import PRESETS, RECIPES, SamplingParams, TrainConfig
 
 DEMO_RUN = Path("runs/demo")
 
@@ -148,10 +148,15 @@ def _prepare(argv: Sequence[str]) -> None:
 def _train(argv: Sequence[str]) -> None:
     from .training import train
 
-    # --preset chooses the defaults of --arch.*, so it is read first
+    # these choose the defaults of the others, so they are read first
     preset, rest = _take_option(argv, "--preset", "small")
-    default = TrainConfig(arch=GPTConfig.preset(preset))
-    description = f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*"
+    recipe, rest = _take_option(rest, "--recipe", "lean")
+    default = TrainConfig.recipe(recipe, preset)
+    description = (
+        f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*\n\n"
+        f"--recipe {{{','.join(RECIPES)}}} those of the others: lean is the quickest way to a low loss, gpt2 the classic one, "
+        "with GPT-2's block, whose model Hugging Face loads"
+    )
     summary = train(_parse(TrainConfig, "train", rest, default=default, description=description))
     if summary.reason == "interrupted":
         raise KeyboardInterrupt

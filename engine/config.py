@@ -13,6 +13,7 @@ Norm = Literal["layer_norm", "rms_norm"]
 Position = Literal["learned", "rotary"]
 Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu"]
 Schedule = Literal["cosine", "wsd", "constant"]
+OptimizerName = Literal["muon", "adamw"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -146,28 +147,36 @@ class GPTConfig:
         return cls(**values)
 
 
-_LLAMA: dict[str, Any] = {
+# what wins where training is short (benchmarks/README.md)
+_LEAN: dict[str, Any] = {
     "norm": "rms_norm",
     "position": "rotary",
     "activation": "swiglu",
     "bias": False,
+    "qk_norm": True,
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    # for CPUs; training sets vocab_size to that of the data's tokenizer
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "max_seq_len": 128, **_LLAMA},
-    "mini": {
-        "n_layer": 3,
-        "n_head": 3,
-        "n_embd": 192,
-        "max_seq_len": 256,
-        "qk_norm": True,
-        **_LLAMA,
-    },
-    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256, **_LLAMA},
+# for CPUs; training sets vocab_size to that of the data's tokenizer
+_SMALL_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "max_seq_len": 128},
+    "mini": {"n_layer": 2, "n_head": 4, "n_embd": 256, "max_seq_len": 256},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256},
+}
+_GPT2_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+PRESETS = {name: size | _LEAN for name, size in _SMALL_SIZES.items()} | _GPT2_SIZES
+# what a recipe changes in the defaults of `TrainConfig`
+RECIPES: dict[str, dict[str, Any]] = {
+    "lean": {},
+    "gpt2": {
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "learning_rate": 1e-3,
+        "beta2": 0.99,
+    },
 }
 
 
@@ -229,14 +238,17 @@ class TrainConfig:
     max_minutes: float | None = None  # stop early on the clock, which resuming does not reset
     target_loss: float | None = None  # stop once the validation loss (nats per token) is this low
 
-    learning_rate: float = 1e-3  # the highest
-    min_learning_rate: float | None = None  # cosine, wsd: the last step's; None: a tenth
+    optimizer: OptimizerName = "muon"  # muon: for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 2e-3  # the highest
+    min_learning_rate: float | None = None  # the last step's; None: 0, or cosine: a tenth
     warmup_steps: int = 100  # in which the rate rises from zero
-    schedule: Schedule = "cosine"  # of the rate; wsd: warm-up, stable, decay
-    decay_fraction: float = 0.2  # wsd: share of the steps in which the rate falls
+    schedule: Schedule = "wsd"  # of the rate: warm-up, stable, decay
+    decay_fraction: float = 0.5  # wsd: share of the steps in which the rate falls
     weight_decay: float = 0.1  # of matrices, the token table too; not norms, biases, positions
     beta1: float = 0.9  # AdamW's decay of the mean of gradients
     beta2: float = 0.95  # AdamW's decay of the mean of their squares
+    muon_lr_scale: float = 3.0  # Muon's learning rate, as a multiple of AdamW's
+    muon_momentum: float = 0.95  # Muon's decay of the mean of gradients
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
 
     eval_every: int = 250  # steps
@@ -259,14 +271,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, Schedule)
+        _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_positive(self, "batch_size", "micro_batch_size", "seq_len", "max_steps")
         _check_positive(self, "max_minutes", "learning_rate", "eval_every", "eval_batches")
+        _check_positive(self, "muon_lr_scale")
         _check_positive(self, "checkpoint_every", "keep_last", "max_skipped", "sample_tokens")
         _check_choice("dtype", self.dtype, Precision)
         for name in ("warmup_steps", "sample_every", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             _check(value >= 0, f"{name} must not be negative, got {value}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
         _check(
@@ -286,9 +300,25 @@ class TrainConfig:
             f"seq_len ({self.seq_len}) must not exceed the model's max_seq_len ({self.arch.max_seq_len})",
         )
 
+    @classmethod
+    def recipe(cls, name: str, preset: str = "small") -> Self:
+        """The defaults of a recipe, for the model size of a preset.
+
+        `lean` is the quickest way to a low loss that was measured. `gpt2` is the classic one, as nanoGPT trains: GPT-2's block,
+        AdamW and a cosine; Hugging Face's GPT-2 loads what comes out.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        arch = GPTConfig.preset(preset)
+        if name == "gpt2":
+            arch = GPTConfig(**(_SMALL_SIZES | _GPT2_SIZES)[preset])
+        return cls(arch=arch, **RECIPES[name])
+
     @property
     def last_learning_rate(self) -> float:
-        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
+        if self.min_learning_rate is not None:
+            return self.min_learning_rate
+        return self.learning_rate / 10 if self.schedule == "cosine" else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `from_dict` is the inverse."""

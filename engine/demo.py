@@ -32,9 +32,7 @@ def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
         data=data,
         out=out,
         arch=GPTConfig.preset("mini"),
-        batch_size=8,
-        learning_rate=2e-3,
-        min_learning_rate=1e-4,
+        batch_size=4,
         warmup_steps=50,
         max_minutes=1.5 * minutes,  # should the machine get slower meanwhile
         eval_every=100,

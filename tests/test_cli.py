@@ -117,6 +117,23 @@ class Interrupted:
     reason = "interrupted"
 
 
+def test_recipe_chooses_the_defaults_of_training(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "leangpt.training.train", lambda config: seen.append(config) or Interrupted()
+    )
+    cli.main(["train", "--recipe", "gpt2", "--preset", "tiny", "--beta2", "0.9"])
+    assert (seen[0].optimizer, seen[0].schedule, seen[0].beta2) == ("adamw", "cosine", 0.9)
+    assert seen[0].arch == GPTConfig(n_layer=4, n_head=4, n_embd=128, max_seq_len=128)
+    cli.main(["train", "--preset", "tiny"])
+    assert seen[1] == TrainConfig(arch=GPTConfig.preset("tiny"))
+
+
+def test_unknown_recipe(capsys):
+    status, _, err = run(capsys, "train", "--recipe", "best")
+    assert status == 1 and "recipe must be one of lean, gpt2, got 'best'" in err
+
+
 def test_unknown_preset(capsys):
     status, _, err = run(capsys, "train", "--preset", "huge")
     assert status == 1 and "preset must be one of tiny" in err

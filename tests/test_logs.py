@@ -116,7 +116,7 @@ def test_weights_and_biases_gets_every_event_and_keeps_its_run(data, tmp_path, m
     train(config)
     train(dataclasses.replace(config, max_minutes=None, resume=True))
     assert [step for step, _ in logged] == [1, 1, 2, 3, 3]
-    assert {*logged[1][1]} == {"eval/val_loss", "eval/bits_per_byte"}
+    assert {*logged[1][1]} == {"eval/val_loss", "eval/bits_per_byte", "eval/seconds"}
     assert [options["project"] for options in inits] == ["mine", "mine"]
     assert inits[0]["id"] == inits[1]["id"] and inits[0]["resume"] == "allow"
     assert len(finished) == 2

@@ -30,11 +30,67 @@ LLAMA_STYLE = GPTConfig(
 )  # fmt: skip
 def test_matrices_decay_and_nothing_else(config, decaying):
     model = GPT(config)
-    decayed, others = parameter_groups(model, 0.3)
+    groups = parameter_groups(model, TrainConfig(optimizer="adamw", weight_decay=0.3))
+    decayed, others = sorted(groups, key=lambda group: -group["weight_decay"])
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[p] for p in decayed["params"]} == {f"{name}.weight" for name in decaying}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize("config", [GPT2_STYLE, LLAMA_STYLE], ids=["gpt2", "llama"])
+def test_muon_has_the_matrices_of_the_blocks(config):
+    model = GPT(config)
+    options = TrainConfig(optimizer="muon", muon_lr_scale=2.5, learning_rate=0.1)
+    optimizer = make_optimizer(model, options)
+    rates = {
+        p: (group["algorithm"], group["lr"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(rates) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        is_hidden = name.startswith("blocks.") and p.ndim == 2
+        assert rates[p] == (("muon", 0.25) if is_hidden else ("adamw", 0.1)), name
+
+
+def test_steps_are_those_of_torch():
+    """torch.optim.Muon for the blocks' matrices, torch.optim.AdamW for the rest; gradients scaled before, by clipping."""
+    torch.manual_seed(0)
+    model = GPT(LLAMA_STYLE)
+    expected = GPT(LLAMA_STYLE)
+    expected.load_state_dict(model.state_dict())
+    options = TrainConfig(optimizer="muon", learning_rate=1e-3, muon_lr_scale=3.0, weight_decay=0.2)
+    optimizer = make_optimizer(model, options)
+    hidden = [p for n, p in expected.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    tables = [
+        p for n, p in expected.named_parameters() if not n.startswith("blocks.") and p.ndim == 2
+    ]
+    vectors = [p for p in expected.parameters() if p.ndim < 2]
+    theirs = [
+        torch.optim.Muon(
+            hidden, lr=3e-3, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [{"params": tables, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}],
+            lr=1e-3,
+            betas=(options.beta1, options.beta2),
+        ),
+    ]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(4):
+        for p, e in zip(model.parameters(), expected.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            e.grad = 0.25 * p.grad
+        optimizer.step(grad_scale=torch.tensor(0.25))
+        for other in theirs:
+            other.step()
+    for (name, p), e in zip(model.named_parameters(), expected.parameters(), strict=True):
+        moved, theirs_moved = p - before[name], e - before[name]
+        # torch orthogonalizes in bfloat16
+        limit = 0.05 if name.startswith("blocks.") and p.ndim == 2 else 1e-4
+        error = (moved - theirs_moved).norm() / theirs_moved.norm()
+        assert error < limit, (name, error)
 
 
 def test_the_update_is_that_of_adamw():
@@ -44,7 +100,9 @@ def test_the_update_is_that_of_adamw():
         model = GPT(GPT2_STYLE)
     finally:
         torch.set_default_dtype(torch.float32)
-    config = TrainConfig(learning_rate=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
+    config = TrainConfig(
+        optimizer="adamw", learning_rate=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9
+    )
     optimizer = make_optimizer(model, config)
     model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -65,7 +123,9 @@ def test_warm_up_is_linear_and_begins_above_zero():
 
 
 def test_cosine_falls_on_half_a_wave():
-    config = TrainConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=10, max_steps=111)
+    config = TrainConfig(
+        schedule="cosine", learning_rate=1.0, min_learning_rate=0.2, warmup_steps=10, max_steps=111
+    )
     rates = [learning_rate(config, step) for step in (10, 35, 60, 85, 110)]
     half = math.sqrt(0.5)  # cos(pi / 4)
     assert rates == pytest.approx([1.0, 0.6 + 0.4 * half, 0.6, 0.6 - 0.4 * half, 0.2], abs=1e-12)
@@ -84,8 +144,10 @@ def test_constant_stays():
     assert {learning_rate(config, step) for step in range(2, 10)} == {1.0}
 
 
-def test_the_last_rate_is_a_tenth_unless_given():
-    assert learning_rate(TrainConfig(learning_rate=1.0, max_steps=500), 499) == pytest.approx(0.1)
+@pytest.mark.parametrize(("schedule", "expected"), [("cosine", 0.1), ("wsd", 0.0)])
+def test_the_last_rate_unless_given(schedule, expected):
+    config = TrainConfig(schedule=schedule, learning_rate=1.0, max_steps=500)
+    assert learning_rate(config, 499) == pytest.approx(expected)
 
 
 def detector_after(norms: list[float]) -> SpikeDetector:

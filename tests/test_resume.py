@@ -210,11 +210,11 @@ def test_killed_between_the_last_checkpoint_and_the_summary(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.5}, r"started with learning_rate=0\.001, a resumed run cannot change it to 0\.5"),
+        ({"learning_rate": 0.5}, r"started with learning_rate=0\.002, a resumed run cannot change it to 0\.5"),
         ({"batch_size": 8}, "started with batch_size=4"),
         ({"arch": dataclasses.replace(TINY, n_layer=2)}, "started with arch="),
         ({"seed": 2}, "started with seed=1337"),
-        ({"max_steps": 30}, r"max_steps=20, and with 30 the learning rates of the 20 steps done.*schedule=cosine"),
+        ({"max_steps": 30}, r"max_steps=20, and with 30 the learning rates of the 20 steps done.*schedule=wsd"),
     ],
     ids=["rate", "batch", "arch", "seed", "steps"],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from leangpt.pretrained import load_model, save_pretrained
 from leangpt.training import TrainingError, train
 from leangpt.training.distributed import Group
 from leangpt.training.loop import accumulate_gradients, compute_dtype
+from leangpt.training.optimizer import Optimizer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_overfits_one_batch(data, tmp_path, monkeypatch):
     tokens[:, 0] = torch.arange(4)  # so that even the first prediction can be certain
     monkeypatch.setattr(Batches, "next", lambda self: (tokens[:, :-1], tokens[:, 1:]))
     arch = dataclasses.replace(TINY, n_embd=32)
-    config = tiny_config(data, tmp_path / "run", arch=arch, max_steps=250, learning_rate=2e-2, weight_decay=0.0, eval_every=250)  # fmt: skip
+    config = tiny_config(data, tmp_path / "run", arch=arch, max_steps=250, learning_rate=5e-3, weight_decay=0.0, eval_every=250)  # fmt: skip
     train(config)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if line["event"] == "step"]
@@ -149,21 +150,24 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_its_state_saved(
 
 
 def test_gradients_are_clipped_to_the_given_norm(data, tmp_path, monkeypatch):
-    """With plain gradients in the moments: after one step exp_avg is (1 - beta1) times the clipped gradient."""
     norms = []
-    step = torch.optim.AdamW.step
+    step = Optimizer.step
 
-    def record(self, *args):
+    def record(self, grad_scale):
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.get_total_norm(grads).item())
-        return step(self, *args)
+        scale = 1.0 if grad_scale is None else grad_scale.item()
+        norms.append(scale * torch.nn.utils.get_total_norm(grads).item())
+        return step(self, grad_scale=grad_scale)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    monkeypatch.setattr(Optimizer, "step", record)
     train(tiny_config(data, tmp_path / "a", max_steps=3, grad_clip=0.01))
     assert norms == pytest.approx([0.01] * 3, rel=1e-3)
     norms.clear()
     train(tiny_config(data, tmp_path / "b", max_steps=3, grad_clip=0.0))
     assert min(norms) > 0.1
+    norms.clear()
+    train(tiny_config(data, tmp_path / "c", max_steps=3, grad_clip=1e6))
+    assert 0.1 < min(norms) < 1e3, "short gradients stay as they are"
 
 
 def test_stops_at_the_target_loss(data, tmp_path):

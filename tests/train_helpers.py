@@ -313,6 +313,8 @@ def content(out: Path) -> dict[str, Any]:
         "optimizer": hashlib.sha256((newest / "optimizer.safetensors").read_bytes()).hexdigest(),
         "state": {k: v for k, v in state.items() if "seconds" not in k},
         "best": json.loads((out / "best.json").read_text()),
-        "log": [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in log],
+        "log": [
+            {k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds")} for line in log
+        ],
         "checkpoints": sorted(path.name for path in (out / "checkpoints").iterdir()),
     }

@@ -95,6 +95,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
             max_steps=num_steps,
             schedule="cosine",
             warmup_steps=round(self.warmup_fraction * num_steps),
+            optimizer="adamw",
             learning_rate=self.learning_rate or self.method.learning_rate,
             weight_decay=self.weight_decay,
             beta2=0.999,

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from leangpt.kernels import log_backend
+from leangpt.kernels import log_backend, ops
 
 from .. import __version__
 from ..config import GPTConfig, SamplingParams, TrainConfig
@@ -107,7 +106,7 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
             loss, num_targets = accumulate_gradients(
                 parallel_model, tokens, targets, micro_batch_size, group, autocast
             )
-            norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            norm = ops.grad_norm([p.grad for p in model.parameters() if p.grad is not None])
             # what is decided from here on must be the same on every process
             loss, num_interrupts = group.sum(loss, interrupt.requested)
             norm_value, state.seconds = group.from_main(
@@ -117,11 +116,8 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
             rate = learning_rate(config, state.step)
             is_accepted = state.detector.accepts(norm_value, config.spike_factor)
             if is_accepted:
-                if config.grad_clip:
-                    clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-                for parameter_group in optimizer.param_groups:
-                    parameter_group["lr"] = rate
-                optimizer.step()
+                optimizer.set_learning_rate(rate)
+                optimizer.step(grad_scale=clip_factor(norm, config.grad_clip))
             optimizer.zero_grad()
             state.step += 1
             state.cursor = batches.cursor
@@ -148,7 +144,13 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
                 if is_best:
                     state.best_loss, state.best_step = val_loss, state.step
                 bits = bits_per_byte(val_loss, val_data)
-                log.write("eval", state.step, val_loss=val_loss, bits_per_byte=bits)
+                log.write(
+                    "eval",
+                    state.step,
+                    val_loss=val_loss,
+                    bits_per_byte=bits,
+                    seconds=round(time.perf_counter() - clock_start, 1),
+                )
                 console.say(
                     f"step {state.step:,}: loss {loss:.4f}, validation {val_loss:.4f}, {bits:.4f} bits per byte"
                 )
@@ -167,6 +169,11 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
         plot_losses(config.out / "log.jsonl", summary.loss_curve)
         write_summary(config.out, summary)
     return conclude(config, group, summary)
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
+    """What gradients of this norm are multiplied with, so that it is `limit` at most; a limit of 0 leaves them."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else None
 
 
 def stop_reason(

@@ -1,37 +1,151 @@
-"""AdamW and what is decided around it: which parameters decay, how fast to learn at a step, which steps to leave out."""
+"""Muon and AdamW, and what is decided around them: which parameters go where and decay, how fast to learn at a step, which
+steps to leave out.
+"""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from leangpt.kernels import ops
 
 from ..config import TrainConfig
 
 WARM_IN_STEPS = 50  # gradient norms seen before one can count as a spike
 MEAN_STEPS = 50  # norms over which the running mean reaches back
+EPS = 1e-8  # of AdamW
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, the token table among them, since it is the head's matrix where both are tied; vectors (norms, biases)
-    and learned positions do not.
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Which algorithm steps which parameters, with which share of the learning rate and which decay.
+
+    Muon is for the matrices between hidden states, those of the blocks; a token table is no such map, since a step touches
+    few of its rows. Matrices decay, the token table among them, since it is the head's matrix where both are tied; vectors
+    (norms, biases) and learned positions do not.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = {name: p.ndim >= 2 and not name.endswith("wpe.weight") for name, p in named}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_hidden = p.ndim == 2 and "blocks." in name
+            algorithm = "muon" if is_hidden and config.optimizer == "muon" else "adamw"
+            decays = p.ndim >= 2 and not name.endswith("wpe.weight")
+            groups[algorithm, decays].append(p)
     return [
-        {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
+        {
+            "params": params,
+            "algorithm": algorithm,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_scale": config.muon_lr_scale if algorithm == "muon" else 1.0,
+        }
+        for (algorithm, decays), params in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in one fused pass over the parameters; the learning rate is set at each step."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
+class Optimizer(torch.optim.Optimizer):
+    """Steps each group of parameters by its own algorithm, in a few calls for all tensors.
+
+    Args:
+        groups: as `parameter_groups` makes them.
+        lr: learning rate; a group's is `lr_scale` times that.
+        betas: of AdamW.
+        momentum: of Muon.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "momentum": momentum})
+        self.set_learning_rate(lr)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, grad_scale: Tensor | None = None
+    ) -> float | None:
+        """Step all parameters that have a gradient.
+
+        Args:
+            closure: computes gradients first and returns the loss, as PyTorch's optimizers allow.
+            grad_scale: scalar that all gradients are multiplied with, as clipping of their norm wants it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["algorithm"] == "muon":
+                self._step_muon(group, params, grad_scale)
+            else:
+                self._step_adamw(group, params, grad_scale)
+        return loss
+
+    def _step_muon(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
+    ) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        ops.muon_step(
+            params,
+            [_gradient(p) for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            grad_scale=grad_scale,
+        )
+
+    def _step_adamw(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
+    ) -> None:
+        # parameters that had no gradient at some step count fewer
+        by_step: dict[int, list[Tensor]] = defaultdict(list)
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.int64)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+            by_step[int(state["step"])].append(p)
+        for step, members in by_step.items():
+            ops.adamw_step(
+                members,
+                [_gradient(p) for p in members],
+                [self.state[p]["exp_avg"] for p in members],
+                [self.state[p]["exp_avg_sq"] for p in members],
+                step=step,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=EPS,
+                weight_decay=group["weight_decay"],
+                grad_scale=grad_scale,
+            )
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    return Optimizer(
+        parameter_groups(model, config),
+        config.learning_rate,
+        (config.beta1, config.beta2),
+        config.muon_momentum,
     )
 
 

@@ -41,16 +41,22 @@ gpu-check: build ## on a GPU: run its tests, benchmark decoding, write a page in
 
 ISAS := portable avx2 avx512 avx512_bf16
 
-sanitize: build/sanitize/address build/sanitize/thread  ## run the decode engine under ASan, UBSan and TSan, on every ISA
+SANITIZED := address thread train_address train_thread
+
+sanitize: $(SANITIZED:%=build/sanitize/%)  ## run decode engine and training ops under ASan, UBSan and TSan, on every ISA
 	@set -e; for isa in $(ISAS); do for program in $^; do \
 	    echo "$$program $$isa"; LEANGPT_CPU_ISA=$$isa $$program; done; done
 
-build/sanitize/address: SANITIZERS := address,undefined
-build/sanitize/thread: SANITIZERS := thread
-build/sanitize/%: $(wildcard csrc/cpu/*) csrc/batch.cpp csrc/kv_blocks.cpp $(wildcard csrc/*.h) tests/native/engine_test.cpp
+build/sanitize/address build/sanitize/train_address: SANITIZERS := address,undefined
+build/sanitize/thread build/sanitize/train_thread: SANITIZERS := thread
+build/sanitize/address build/sanitize/thread: $(wildcard csrc/cpu/*) csrc/batch.cpp csrc/kv_blocks.cpp tests/native/engine_test.cpp
+build/sanitize/train_address build/sanitize/train_thread: $(wildcard csrc/train/*) csrc/cpu/isa.cpp $(wildcard csrc/cpu/*.h) \
+    tests/native/train_test.cpp
+build/sanitize/%: $(wildcard csrc/*.h)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -pthread -ffp-contract=off -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
-	    -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Icsrc/cpu $(filter %.cpp,$^) -o $@
+	    -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function \
+	    -I$(if $(findstring train,$@),csrc/train,csrc/cpu) $(filter %.cpp,$^) -o $@
 
 bench: build     ## check every op against float64, then time it (under three minutes)
 	@$(BIN)/python benchmarks/bench_ops.py

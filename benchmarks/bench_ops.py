@@ -166,6 +166,16 @@ def cases(B: int = 8) -> list[Case]:
         Case("attention_varlen", f"{B}x{T}x{H}x{D}", N, (packed,) * 3, varlen, 2 * N * T * H * D),
         Case("linear", f"{N}x{C} to {3 * C}", N, ((N, C), (3 * C, C)), ops.linear, 6 * N * C * C),
         Case("linear", f"{B}x{C} to {3 * C}", B, ((B, C), (3 * C, C)), ops.linear, 6 * B * C * C),
+        *(
+            Case(
+                "activate",
+                f"{activation} {N}x{F_}",
+                N,
+                ((N, F_),),
+                lambda h, activation=activation: ops.activate(h, activation),
+            )
+            for activation in ("gelu_tanh", "swiglu")
+        ),
         Case(
             "mlp",
             f"gelu_tanh {N}x{C}",

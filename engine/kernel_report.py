@@ -121,6 +121,9 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     options = config.activation, stream, config.dropout
     yield case("mlp", x, *weights, *options, note=" autocast", flops=flops)
 
+    # as where an adapter hangs on the matrices of the MLP
+    yield case("activate", Empty((B, T, fused_F)), config.activation)
+
     # the gradients of the mean are computed in forward
     flops = (sum(linear_flops(V, C)), 0.0)
     head = Empty((V, C))

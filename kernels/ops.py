@@ -339,9 +339,13 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
         `(..., F)`, dtype of `h`.
 
     Raises:
-        ValueError: `activation` is unknown.
+        ValueError: `activation` is unknown, or the width of `h` is odd for swiglu.
+
+    References: as `mlp`.
     """
     _check_activation("activate", activation)
+    if activation == "swiglu" and h.shape[-1] % 2:
+        raise ValueError(f"activate: h must be (..., 2F) for swiglu, got {tuple(h.shape)}")
     return select("activate", h).activate(h, activation)
 
 

@@ -24,6 +24,7 @@ from . import (
     triton_linear_cross_entropy,
     triton_mlp,
 )
+from .triton_activate import activate
 from .triton_adamw import adamw_step
 from .triton_embedding import embedding
 from .triton_layer_norm import add_layer_norm, layer_norm
@@ -78,6 +79,7 @@ def mlp(
 
 
 __all__: list[str] = [
+    "activate",
     "adamw_step",
     "add_layer_norm",
     "add_rms_norm",

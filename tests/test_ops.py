@@ -237,6 +237,17 @@ def test_mlp(activation, has_bias):
     torch.testing.assert_close(out, x + ref)
 
 
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu"])
+def test_activate(activation):
+    h = randn(2, 3, 8)
+    if activation == "swiglu":
+        gate, up = h[..., :4], h[..., 4:]
+        ref = gate / (1 + torch.exp(-gate)) * up
+    else:
+        ref = ACTIVATIONS[activation](h)
+    torch.testing.assert_close(ops.activate(h, activation), ref)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.2, 1e-2)])
 def test_linear_cross_entropy(reduction, smoothing, z_loss):
@@ -289,6 +300,8 @@ def test_gradients_of_the_other_ops():
     assert check(ops.rms_norm, (x, w))
     assert check(ops.add_rms_norm, (x, r, w))
     assert check(lambda t: ops.rotary(t[..., None, :], angles.cos(), angles.sin()), (x,))
+    assert check(lambda t: ops.activate(t, "gelu_tanh"), (x,))
+    assert check(lambda t: ops.activate(t, "swiglu"), (x,))
     assert check(lambda *t: ops.mlp(t[0], t[1], None, t[2], None, "swiglu"), (x, w_in, w_out))
     assert check(lambda t, e: ops.linear_cross_entropy(t, e, targets), (x, w_in))
     assert check(lambda e: ops.embedding(targets.clamp(min=0), e), (w_in,))
@@ -321,6 +334,8 @@ INVALID = {
     "key heads": (lambda: ops.attention(T(1, 3, 3, 4), T(1, 3, 2, 4), T(1, 3, 2, 4)), "multiple of 2 key heads"),
     "values": (lambda: ops.attention(T(1, 3, 2, 4), T(1, 3, 2, 4), T(1, 4, 2, 4)), r"v must be \(1, 3, 2, 4\)"),
     "activation": (lambda: ops.mlp(T(1, 4), T(8, 4), None, T(4, 8), None, "tanh"), "activation must be one of"),
+    "activate": (lambda: ops.activate(T(1, 4), "tanh"), "activation must be one of"),
+    "halves": (lambda: ops.activate(T(1, 5), "swiglu"), r"h must be \(..., 2F\) for swiglu, got \(1, 5\)"),
     "gated": (lambda: ops.mlp(T(1, 4), T(8, 4), None, T(4, 8), None, "swiglu"), r"w_in must be \(16, 4\)"),
     "targets": (lambda: ops.linear_cross_entropy(T(2, 4), T(9, 4), T(3).long()), r"targets must be \(2,\)"),
     "reduction": (

@@ -263,6 +263,8 @@ _DKV_TILES: Tiles = {
     # spills, with 16 warps of 128 registers it is 65 or more. So dk and dv of such wide heads are of HMMA there.
     (256, 2): [(32, 32, 8, 2)],
 }
+# the bounds of packed sequences within a window leave sm_80 too few registers for this one
+_UNFIT_FOR_PACKED_WINDOWS = (64, 64, 4, 3)
 
 
 def _autotune(tiles: Tiles) -> Any:
@@ -277,12 +279,16 @@ def _autotune(tiles: Tiles) -> Any:
     def of_class(_: Any, arguments: dict[str, Any], **more: Any) -> list[triton.Config]:
         arguments = arguments | more
         head_dim, itemsize = max(arguments["BLOCK_D"], 64), arguments["q_ptr"].element_size()
-        choice = [configs[tile] for tile in tiles[head_dim, itemsize]]
+        choice = tiles[head_dim, itemsize]
         # what else takes registers: drawing dropout's mask, and the bounds of windows and packed sequences
+        bounds = (arguments["window"] is not None) + (arguments["cu_seqlens_ptr"] is not None)
         if arguments["seed_ptr"] is not None:
-            return choice[:1]
-        is_bounded = arguments["window"] is not None or arguments["cu_seqlens_ptr"] is not None
-        return choice[:2] if is_bounded else choice
+            choice = choice[:1]
+        elif bounds:
+            choice = choice[:2]
+            if bounds == 2:
+                choice = [tile for tile in choice if tile != _UNFIT_FOR_PACKED_WINDOWS]
+        return [configs[tile] for tile in choice]
 
     return triton.autotune(
         configs=list(configs.values()),
@@ -516,8 +522,9 @@ def _arguments(
         "window": sliding_window,
         "dropout_p": dropout_p,
         "keep_scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        # for the choice of tiles, in which windows have a part
-        "length_class": min(max(S.bit_length(), 7), 13) * (1 if sliding_window is None else -1),
+        # for the choice of tiles, in which windows and dropout have a part
+        "length_class": (min(max(S.bit_length(), 7), 13) + (0 if seed is None else 16))
+        * (1 if sliding_window is None else -1),
         "HEAD_DIM": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),  # a product needs 16
         "UNIT": unit,

@@ -251,6 +251,9 @@ def test_autotuning(device, monkeypatch):
     assert kernel.early_config_prune([], arguments | {"seed_ptr": seed}) == choice[:1]
     assert kernel.early_config_prune([], arguments | {"window": 9}) == choice[:2]
     assert kernel.early_config_prune([], arguments | {"cu_seqlens_ptr": seed}) == choice[:2]
+    packed_window = arguments | {"cu_seqlens_ptr": seed, "window": 9}
+    assert kernel.early_config_prune([], packed_window) == choice[1:2]
+    assert kernel.early_config_prune([], packed_window | {"seed_ptr": seed}) == choice[:1]
     monkeypatch.setattr(kernel, "configs", choice)
     monkeypatch.setattr(kernel, "cache", {})
     check([q, k, v])
@@ -262,6 +265,11 @@ def test_autotuning(device, monkeypatch):
     check([q, k, v], sliding_window=9)
     check([q, k, v], sliding_window=19)
     assert tried == [1]  # a window is another class, whatever its size
+    lengths = torch.tensor([70], device=device)
+    with use_backend("triton"):
+        ops.attention(q, k, v, seqlens_k=lengths)
+        ops.attention(q, k, v, dropout_p=0.1)
+    assert tried == [1] * 3  # and so is dropout, though its seed looks like lengths
 
 
 def test_same_bits_in_every_run(device):

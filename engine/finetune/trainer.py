@@ -77,12 +77,17 @@ class Outcome:
     forgetting: dict[str, float] | None  # loss on rows of the replayed file, before and after
 
     def __str__(self) -> str:
-        names = (
-            *("train_rows", "val_rows", "skipped_rows", "cut_examples", "split_rows", "duplicates"),
+        counts = (
+            "train_rows",
+            "val_rows",
+            "skipped_rows",
+            "cut_examples",
+            "split_rows",
+            "duplicates",
         )
         rows = {
             "rows": "{:,} to train, {:,} to validate, {:,} skipped, {:,} cut, {:,} in several parts, {:,} in both".format(
-                *(self.data[name] for name in names)
+                *(self.data[name] for name in counts)
             ),
             "training": f"{self.steps:,} steps in {self.seconds:.0f} s, {self.num_trainable:,} parameters",
             "validation": f"loss {self.val_loss:.4f}",
@@ -185,6 +190,7 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
 
     old_loss = None if data.old is None else mean_loss(tuned, data.old, group)
     progress = _train(config, data, tuned, num_steps, group, interrupt)
+    assert progress.best_loss is not None, "the last step was evaluated"
     forgetting = None
     if data.old is not None and old_loss is not None:
         forgetting = {"loss_before": old_loss, "loss_after": mean_loss(tuned, data.old, group)}

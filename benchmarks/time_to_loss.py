@@ -35,7 +35,7 @@ from harness import environment, print_json, print_table
 
 from leangpt import GPT, GPTConfig, TrainConfig
 from leangpt.data.batches import Batches, TokenDataset, evaluation_batches
-from leangpt.demo import demo_config, measured_step_seconds
+from leangpt.demo import demo_config
 from leangpt.machine import multiplies_bf16
 from leangpt.training import train
 
@@ -172,32 +172,25 @@ def train_baseline(options: Baseline, start: float) -> Curve:
 
 
 def train_ours(data: Path, minutes: float, seed: int, start: float) -> Curve:
-    """The run of `leangpt demo`, with another seed and no samples."""
+    """The run of `leangpt demo`, with another seed, and validated on as many tokens as the baseline."""
     with tempfile.TemporaryDirectory() as folder:
-        config = demo_config(Path(folder), data, minutes)
-        before = time.monotonic()
-        num_steps = int(60 * minutes / measured_step_seconds(config))
-        start += time.monotonic() - before
         config = dataclasses.replace(
-            config,
+            demo_config(Path(folder), data, minutes),
             seed=seed,
-            max_steps=num_steps,
             max_minutes=None,
-            eval_every=max(1, num_steps // EVALUATIONS),
             eval_batches=TrainConfig.eval_batches,
-            checkpoint_every=num_steps,
             progress=False,
         )
-        train_start = time.monotonic()
         summary = train(config)
-        seconds_before = train_start - start
+        # what came before the loop of steps, and what little comes after it
+        seconds_around = time.monotonic() - start - 60 * summary.minutes
         events = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
         points = [
-            (seconds_before + event["seconds"], event["step"], event["bits_per_byte"])
+            (seconds_around + event["seconds"], event["step"], event["bits_per_byte"])
             for event in events
             if event["event"] == "eval"
         ]
-    return Curve("leangpt", seed, num_steps, summary.tokens_per_s, points)
+    return Curve("leangpt", seed, summary.steps, summary.tokens_per_s, points)
 
 
 def in_a_process(function: Any, *arguments: Any) -> Curve:

@@ -146,12 +146,16 @@ def _prepare(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
-    from .training import train
+    from .training import load_config, train
 
     # these choose the defaults of the others, so they are read first
-    preset, rest = _take_option(argv, "--preset", "small")
-    recipe, rest = _take_option(rest, "--recipe", "lean")
-    default = TrainConfig.recipe(recipe, preset)
+    preset, rest = _take_option(argv, "--preset", "")
+    recipe, rest = _take_option(rest, "--recipe", "")
+    out = Path(_take_option(rest, "--out", str(TrainConfig.out))[0])
+    if "--resume" in rest and (out / "train.json").exists() and not (preset or recipe):
+        default = dataclasses.replace(load_config(out), out=out)
+    else:
+        default = TrainConfig.recipe(recipe or "lean", preset or "small")
     description = (
         f"{TrainConfig.__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults of --arch.*\n\n"
         f"--recipe {{{','.join(RECIPES)}}} those of the others: lean is the quickest way to a low loss, gpt2 the classic one, "

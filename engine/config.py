@@ -235,6 +235,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences a forward pass; None: all that this process has
     seq_len: int | None = None  # None: max_seq_len of the model
     max_steps: int = 2000  # the whole run's; the schedule ends there
+    minutes: float | None = None  # about so long: max_steps follows from the measured speed
     max_minutes: float | None = None  # stop early on the clock, which resuming does not reset
     target_loss: float | None = None  # stop once the validation loss (nats per token) is this low
 
@@ -274,7 +275,7 @@ class TrainConfig:
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_positive(self, "batch_size", "micro_batch_size", "seq_len", "max_steps")
         _check_positive(self, "max_minutes", "learning_rate", "eval_every", "eval_batches")
-        _check_positive(self, "muon_lr_scale")
+        _check_positive(self, "minutes", "muon_lr_scale")
         _check_positive(self, "checkpoint_every", "keep_last", "max_skipped", "sample_tokens")
         _check_choice("dtype", self.dtype, Precision)
         for name in ("warmup_steps", "sample_every", "weight_decay", "grad_clip"):

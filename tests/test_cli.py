@@ -129,6 +129,22 @@ def test_recipe_chooses_the_defaults_of_training(monkeypatch):
     assert seen[1] == TrainConfig(arch=GPTConfig.preset("tiny"))
 
 
+def test_a_resumed_run_needs_no_other_options(tmp_path):
+    """The command that an interrupted run prints."""
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 200, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("class A:\n    pass\n" * 100, encoding="utf-8")
+    data, out = str(tmp_path / "data"), str(tmp_path / "run")
+    texts = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    assert cli.main(["prepare", *texts, "--tokenizer", "byte", "--out", data]) == 0
+    options = ["--preset", "tiny", "--arch.n-layer", "1", "--seq-len", "32", "--batch-size", "2"]
+    silent = ["--no-tensorboard", "--no-progress", "--eval-batches", "1", "--sample-every", "0"]
+    first = ["train", "--data", data, "--out", out, "--max-steps", "3", *options, *silent]
+    assert cli.main([*first, "--max-minutes", "0.00001", "--warmup-steps", "1"]) == 0
+    steps = json.loads((tmp_path / "run/summary.json").read_text())["steps"]
+    assert cli.main(["train", "--resume", "--out", out, "--max-minutes", "10"]) == 0
+    assert (steps, json.loads((tmp_path / "run/summary.json").read_text())["steps"]) == (1, 3)
+
+
 def test_unknown_recipe(capsys):
     status, _, err = run(capsys, "train", "--recipe", "best")
     assert status == 1 and "recipe must be one of lean, gpt2, got 'best'" in err

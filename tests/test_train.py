@@ -4,19 +4,19 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from train_helpers import TINY, make_data, tiny_config, without_measuring
+from train_helpers import TINY, content, make_data, tiny_config, without_measuring
 
 import leangpt.training.loop
 import leangpt.training.optimizer
 from leangpt import GPT, TrainConfig
 from leangpt.data.batches import Batches, TokenDataset, evaluation_batches
-from leangpt.demo import measured_step_seconds
 from leangpt.pretrained import load_model, save_pretrained
-from leangpt.training import TrainingError, train
+from leangpt.training import TrainingError, load_config, train
 from leangpt.training.distributed import Group
 from leangpt.training.loop import accumulate_gradients, compute_dtype
 from leangpt.training.optimizer import Optimizer
@@ -254,9 +254,7 @@ def test_dtype_follows_the_hardware(monkeypatch):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_the_demo_measures_steps_of_the_dtype_that_it_trains_in(
-    data, tmp_path, monkeypatch, has_bf16
-):
+def test_steps_are_measured_in_the_dtype_that_trains(data, tmp_path, monkeypatch, has_bf16):
     monkeypatch.setattr(leangpt.training.loop, "multiplies_bf16", lambda device: has_bf16)
     seen = set()
 
@@ -266,11 +264,30 @@ def test_the_demo_measures_steps_of_the_dtype_that_it_trains_in(
 
     original = GPT.forward
     monkeypatch.setattr(GPT, "forward", forward)
-    config = tiny_config(data, tmp_path / "run", dtype="auto", max_steps=1, eval_every=10)
-    assert measured_step_seconds(config) > 0
+    train(tiny_config(data, tmp_path / "run", dtype="auto", minutes=1e-6, warmup_steps=1))
     assert seen == {has_bf16}
-    train(config)
-    assert seen == {has_bf16}
+
+
+def test_the_number_of_steps_follows_from_the_minutes(data, tmp_path, monkeypatch):
+    """On a clock that gives each measured step a second; and to measure does not change the run."""
+    now = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(leangpt.training.loop, "time", clock)
+    timed = tiny_config(data, tmp_path / "timed", minutes=23 / 60, warmup_steps=1)
+    assert train(timed).steps == 20  # of 1.15 seconds
+    assert load_config(timed.out).max_steps == 20
+    counted = tiny_config(data, tmp_path / "counted", max_steps=20, warmup_steps=1)
+    train(counted)
+    assert content(timed.out)["checkpoint"] == content(counted.out)["checkpoint"]
+    # a resumed run keeps its number
+    (timed.out / "summary.json").unlink()
+    again = dataclasses.replace(timed, resume=True, max_steps=TrainConfig.max_steps)
+    assert train(again).steps == 20
+
+
+def test_minutes_give_the_warm_up_its_time(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", minutes=1e-6, warmup_steps=3)
+    assert train(config).steps == 6
 
 
 def test_bfloat16_trains_in_autocast_with_float32_weights(data, tmp_path):

@@ -5,6 +5,7 @@ next is in the checkpoint; random generators (dropout) are seeded at each step f
 steps, not seconds. That holds for the same machine and threads, and on GPUs as far as PyTorch's own ops are deterministic there.
 """
 
+import copy
 import dataclasses
 import math
 import sys
@@ -33,6 +34,7 @@ from .checkpoint import (
     checkpoint_folder,
     find_run,
     load_checkpoint,
+    load_config,
     resume_command,
     save_checkpoint,
 )
@@ -42,6 +44,8 @@ from .logs import Console, RunLog
 from .optimizer import learning_rate, make_optimizer
 from .plot import plot_losses
 from .summary import Reason, Summary, read_summary, write_summary
+
+MEASURED_STEPS = 12  # for `minutes`
 
 
 class TrainingError(RuntimeError):
@@ -67,6 +71,8 @@ def train(config: TrainConfig) -> Summary:
 def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
     train_data, val_data = TokenDataset(config.data, "train"), TokenDataset(config.data, "val")
     tokenizer = load_tokenizer(config.data)
+    if config.minutes is not None and config.resume and (config.out / "train.json").exists():
+        config = dataclasses.replace(config, max_steps=load_config(config.out).max_steps)
     checkpoint, state = find_run(config, train_data.manifest)
     reason = stop_reason(config, state)
     if reason is not None and (config.out / "summary.json").exists():
@@ -86,6 +92,9 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
     batches.cursor = state.cursor
     parallel_model = group.parallel(torch.compile(model) if config.compile else model)
     autocast = autocast_of(config, group.device)
+    if config.minutes is not None and checkpoint is None:
+        max_steps = steps_within(config, model, batches, micro_batch_size, group, autocast)
+        config = dataclasses.replace(config, max_steps=max_steps)
 
     group.wait()  # until every process has looked into `out`, before one writes
     run_id = begin_session(config, train_data.manifest, state) if group.is_main else ""
@@ -256,6 +265,35 @@ def rows_of_a_pass(config: TrainConfig, group: Group) -> int:
             f"(batch_size {config.batch_size}, processes: {group.size})"
         )
     return micro_batch_size
+
+
+def steps_within(
+    config: TrainConfig,
+    model: GPT,
+    batches: Batches,
+    micro_batch_size: int,
+    group: Group,
+    autocast: torch.autocast,
+) -> int:
+    """How many steps take about `config.minutes` on this machine, by the quickest of a few: something else may run beside them.
+
+    They are steps of a copy, and `batches` go on from where they were. A schedule counts steps, so that a run resumes
+    exactly: the clock is read once, before it.
+    """
+    model, cursor = copy.deepcopy(model), batches.cursor
+    optimizer, parallel_model = make_optimizer(model, config), group.parallel(model)
+    quickest = math.inf
+    for _ in range(MEASURED_STEPS):
+        start = time.perf_counter()
+        accumulate_gradients(parallel_model, *batches.next(), micro_batch_size, group, autocast)
+        optimizer.step()
+        optimizer.zero_grad()
+        quickest = min(quickest, time.perf_counter() - start)
+    batches.cursor = cursor
+    assert config.minutes is not None
+    # logs, evaluations and checkpoints take time too, and most steps are slower
+    [steps] = group.from_main(60 * config.minutes / (1.15 * quickest))
+    return max(2 * config.warmup_steps, int(steps), 1)
 
 
 def seed_step(seed: int, step: int, group: Group) -> None:

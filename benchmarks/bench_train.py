@@ -1,20 +1,24 @@
 """Steps of training on the CPU by this engine and by lean PyTorch, eager and compiled: checked first, then timed in turn.
 
-    python benchmarks/bench_train.py                                    all cases but the long one
+    python benchmarks/bench_train.py                                    small models, in the dtypes this CPU multiplies
     python benchmarks/bench_train.py --cases small-bf16,gpt2-1x1024 --rounds 15 --plot train.png
-    python benchmarks/bench_train.py --no-compile --memory              without the minutes that torch.compile takes
+    python benchmarks/bench_train.py --no-compile                       without the minutes that torch.compile takes
 
 A step is forward, backward, clipping of the gradient norm and AdamW. PyTorch's model is written for this comparison: SDPA,
 F.layer_norm, F.gelu, fused AdamW, the same parameters and random tokens; bf16 is autocast with float32 parameters, for both.
 The losses of the first steps must agree before anything is timed. `peak` is the share of what the registers of this CPU
-multiply at best; `memory` is the highest resident memory of a step above that before it, gradients and moments taken off,
-each contender in a process of its own.
+multiply at best. Each in a process of its own: `memory`, the highest resident memory of a step above that before it, gradients
+and moments taken off; and `step_10_s`, the time from the start of Python to the end of the tenth step, where torch.compile
+finds nothing that it compiled before.
 """
 
 import argparse
 import multiprocessing
+import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,11 +33,16 @@ sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH is set
 
 from harness import ceilings, environment, print_json, print_table, time_interleaved
 
-from leangpt import GPT, GPTConfig
+from leangpt import GPT, GPTConfig, machine
+from leangpt.kernels import ops
 
 CHECKED_STEPS = 3
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.01
 CONTENDERS = ("leangpt", "torch", "torch.compile")
 OURS, EAGER = CONTENDERS[:2]
+
+
+DTYPES = [torch.float32, *([torch.bfloat16] if machine.multiplies_bf16("cpu") else [])]
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,10 @@ CASES = [
     Case("tiny-bf16", 4, 128, 4, 65, 12, 64, torch.bfloat16),
     Case("small-fp32", 6, 384, 6, 65, 12, 256, torch.float32),
     Case("small-bf16", 6, 384, 6, 65, 12, 256, torch.bfloat16),
-    Case("gpt2-4x64", 12, 768, 12, 50257, 4, 64, torch.bfloat16),
-    Case("gpt2-1x1024", 12, 768, 12, 50257, 1, 1024, torch.bfloat16),
+    Case("gpt2-4x64", 12, 768, 12, 50257, 4, 64, DTYPES[-1]),
+    Case("gpt2-1x1024", 12, 768, 12, 50257, 1, 1024, DTYPES[-1]),
 ]
-DEFAULT_CASES = [case.name for case in CASES[:-1]]
+DEFAULT_CASES = [case.name for case in CASES[:4] if case.dtype in DTYPES]
 
 
 class PlainBlock(nn.Module):
@@ -108,6 +117,42 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
 
 
+def our_update(parameters: list[nn.Parameter]) -> Callable[[], None]:
+    """Clipping and AdamW by this engine's ops."""
+    exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    step = 0
+
+    def update() -> None:
+        nonlocal step
+        step += 1
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        ops.adamw_step(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            step=step,
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            grad_scale=(1 / (ops.grad_norm(gradients) + 1e-6)).clamp(max=1.0),
+        )
+
+    return update
+
+
+def torch_update(parameters: list[nn.Parameter]) -> Callable[[], None]:
+    options = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return update
+
+
 def make_step(case: Case, contender: str) -> tuple[nn.Module, Callable[[], float]]:
     """A model of the case, and what takes one step of its training and returns the loss."""
     torch.manual_seed(0)
@@ -118,7 +163,8 @@ def make_step(case: Case, contender: str) -> tuple[nn.Module, Callable[[], float
         plain.load_state_dict(model.state_dict())
         model = plain
     run = torch.compile(model) if contender == "torch.compile" else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    parameters = list(model.parameters())
+    update = our_update(parameters) if contender == OURS else torch_update(parameters)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> float:
@@ -127,9 +173,8 @@ def make_step(case: Case, contender: str) -> tuple[nn.Module, Callable[[], float
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == torch.bfloat16):
             loss = run(text[:, :-1], text[:, 1:])
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
+        model.zero_grad()
         return loss.item()
 
     return model, step
@@ -150,6 +195,29 @@ def step_memory(case: Case, contender: str, threads: int) -> int:
         step()
     kept = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     return max(0, resident_bytes("VmHWM") - before - kept)
+
+
+def print_time_of_step_10(case: Case, contender: str) -> None:
+    _, step = make_step(case, contender)
+    for _ in range(10):
+        step()
+    print(time.time(), flush=True)
+    os._exit(0)  # without waiting for the processes of the compiler
+
+
+def seconds_to_step_10(case: Case, contender: str, threads: int) -> float:
+    """From the start of a process of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        options = ["--cases", case.name, "--threads", str(threads), "--until-step-10", contender]
+        start = time.time()
+        process = subprocess.run(
+            [sys.executable, __file__, *options],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return float(process.stdout.split()[-1]) - start
 
 
 def check(steps: dict[str, Callable[[], float]], case: Case) -> None:
@@ -193,8 +261,11 @@ def measure(
             "ratio": fastest / timing.p50,  # to the faster of PyTorch's two
             "peak": flops / timing.p50 / peak,
             "first_step_s": starts[name],
+            "step_10_s": None,
             "memory_mb": None,
         }
+        if options.starts:
+            row["step_10_s"] = seconds_to_step_10(case, name, torch.get_num_threads())
         if options.memory and name != "torch.compile":  # whose memory is the compiler's too
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 arguments = (case, name, torch.get_num_threads())
@@ -225,13 +296,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--cases", default=",".join(DEFAULT_CASES), help="of %(default)s, gpt2-1x1024"
-    )
+    names = ", ".join(case.name for case in CASES)
+    parser.add_argument("--cases", default=",".join(DEFAULT_CASES), help=f"of {names}")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--memory", action="store_true", help="measure it too")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too"
+    )
+    parser.add_argument(
+        "--starts", action=argparse.BooleanOptionalAction, default=True, help="time to step 10"
+    )
+    parser.add_argument("--until-step-10", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, help="where to draw the tokens/s, as PNG")
     return parser.parse_args(arguments)
 
@@ -243,6 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = set(wanted) - {case.name for case in CASES}
     if unknown:
         raise SystemExit(f"no such case: {', '.join(sorted(unknown))}")
+    if options.until_step_10:
+        [case] = [case for case in CASES if case.name in wanted]
+        print_time_of_step_10(case, options.until_step_10)
     limits = ceilings("cpu")
     rows = []
     for case in CASES:

@@ -38,8 +38,7 @@ def parts(
     parameters: Mapping[str, Tensor], config: GPTConfig, names: Names | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors, by its names and in its orientation, as views of the parameters (or gradients) of a GPT."""
-    D, F = config.head_size, config.inner_size
-    rows = {"qkv": (config.n_head * D, config.kv_heads * D, config.kv_heads * D), "mlp_in": (F, F)}
+    rows = rows_of_parts(config)
     for key, parameter in parameters.items():
         if names is None:
             yield key, parameter
@@ -51,6 +50,15 @@ def parts(
             is_transposed = names.is_transposed and block and piece.ndim == 2
             name = f"{target.format(*block[1:])}.{kind}"
             yield name, piece.T if is_transposed else piece
+
+
+def rows_of_parts(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """How the rows of a matrix of ours are shared out, where a format has several in its place."""
+    D, F = config.head_size, config.inner_size
+    return {
+        "qkv": (config.n_head * D, config.kv_heads * D, config.kv_heads * D),
+        "mlp_in": (F, F),
+    }
 
 
 def build(weights: Weights, dtype: torch.dtype, device: str | torch.device) -> GPT:

@@ -1,4 +1,4 @@
-"""LoRA and AdaLoRA against Hugging Face's `peft` on the same weights, and its files for GPT-2."""
+"""LoRA and AdaLoRA against Hugging Face's `peft` on the same weights, and its files."""
 
 import copy
 import json
@@ -260,7 +260,7 @@ def test_peft_reads_what_is_saved(targets, gpt2, tmp_path):
         ({"rank_pattern": {"c_attn": 4}}, "rank_pattern is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base's weights"),
         ({"something_new": 1}, "something_new is not supported"),
-        ({"r": 4}, r"down must be \(4, 24\), got \(3, 24\)"),
+        ({"r": 4}, r"lora_A.weight must be \(4, 24\), got \(3, 24\)"),
     ],
 )
 def test_peft_files_that_are_not_read(change, message, gpt2, tmp_path):
@@ -273,7 +273,7 @@ def test_peft_files_that_are_not_read(change, message, gpt2, tmp_path):
         methods.load_peft(tmp_path, ours)
 
 
-def test_peft_files_are_for_gpt2_and_lora(gpt2, tmp_path):
+def test_peft_files_are_for_lora_and_known_models(gpt2, tmp_path):
     _, ours = gpt2
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
         methods.load_peft(tmp_path, ours)
@@ -290,5 +290,126 @@ def test_peft_files_are_for_gpt2_and_lora(gpt2, tmp_path):
             norm="rms_norm",
         )
     )
-    with pytest.raises(ValueError, match="of GPT-2, and this model is another"):
+    with pytest.raises(ValueError, match="models that transformers has, .*activation='gelu_tanh'"):
         methods.save_peft(methods.create("lora").attach(llama), tmp_path)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def llama(request, tmp_path) -> tuple[transformers.LlamaForCausalLM, GPT]:
+    """The same Llama in both, with fewer heads of keys than of queries."""
+    config = transformers.LlamaConfig(
+        vocab_size=61, max_position_embeddings=32, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).double()
+    model.save_pretrained(tmp_path / "llama")
+    return model, load_model(tmp_path / "llama", dtype=torch.float64).train()
+
+
+def randomize_lora(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.normal_(std=0.2)
+
+
+LLAMA_TARGETS = {
+    "usual": (["q_proj", "v_proj"], ("qkv",), 2),
+    "one": (["o_proj"], ("attn_out",), 1),
+    "mlp": (["up_proj", "down_proj"], ("mlp_in", "mlp_out"), 1),
+    "all": (
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ("qkv", "attn_out", "mlp_in", "mlp_out"),
+        3,
+    ),
+    "tables": (["k_proj", "lm_head", "embed_tokens"], ("qkv", "head", "wte"), 1),
+}
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True], ids=["lora", "rslora"])
+@pytest.mark.parametrize("case", LLAMA_TARGETS)
+def test_files_of_llama_go_both_ways(case, rank_stabilized, llama, tmp_path):
+    """Their q, k and v lie in one matrix of ours; what is read is written again."""
+    theirs, ours = llama
+    modules, targets, growth = LLAMA_TARGETS[case]
+    plain = theirs(batch()).logits
+    theirs = get_peft_model(
+        theirs, LoraConfig(r=3, lora_alpha=5, target_modules=modules, use_rslora=rank_stabilized)
+    )
+    randomize_lora(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    base = copy.deepcopy(ours)
+    adapted = methods.load_peft(tmp_path / "theirs", ours)
+    assert isinstance(adapted.method, methods.METHODS["lora"])
+    assert (adapted.method.targets, adapted.method.rank) == (targets, 3 * growth)
+    expected = theirs(batch()).logits
+    assert (expected - plain).abs().max() > 0.01
+    # the files are float32
+    torch.testing.assert_close(ours(batch()), expected, rtol=0, atol=1e-6)
+
+    methods.save_peft(adapted, tmp_path / "ours")
+    again = methods.load_peft(tmp_path / "ours", base)
+    torch.testing.assert_close(base(batch()), ours(batch()), rtol=0, atol=1e-12)
+    assert again.method.rank <= 3 * growth
+    loaded = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "ours").eval()
+    torch.testing.assert_close(loaded(batch()).logits, expected, rtol=0, atol=1e-6)
+    assert loaded.peft_config["default"].r == 3
+    merged = adapted.merge()
+    torch.testing.assert_close(merged(batch()), expected, rtol=0, atol=1e-6)
+
+
+def test_peft_reads_what_was_trained_on_a_llama(llama, tmp_path):
+    """Where q, k and v have the rows of `down` in common."""
+    theirs, ours = llama
+    adapted = methods.create("lora", rank=3, alpha=5.0).attach(ours)
+    with torch.no_grad():
+        for p in adapted.trainable_parameters().values():
+            p.normal_(std=0.2)
+    methods.save_peft(adapted, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora").eval()
+    torch.testing.assert_close(ours(batch()), loaded(batch()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["c_fc", "wte", "lm_head"]], ids=str)
+def test_lora_of_head_and_token_table_equals_peft(targets, gpt2, tmp_path):
+    """Both are one tensor in GPT-2, and stay one below their products; merged they are two."""
+    theirs, ours = gpt2
+    theirs = get_peft_model(
+        theirs, LoraConfig(r=5, lora_alpha=7, target_modules=targets, fan_in_fan_out=True)
+    )
+    randomize_lora(theirs)
+    names = {"lm_head": "head", "wte": "wte", "c_fc": "mlp_in"}
+    adapted = methods.create(
+        "lora", rank=5, alpha=7.0, targets=tuple(names[t] for t in targets)
+    ).attach(ours)
+    parameters = {}
+    for name, p in theirs.named_parameters():
+        if ".lora_" in name:
+            module, kind = name.removeprefix("base_model.model.").split(".lora_")
+            field = "down" if "A" in kind else "up"
+            ours_name = {"lm_head": "head_delta", "transformer.wte": "wte_delta"}.get(module)
+            block = module.split(".")[2:3]
+            ours_name = ours_name or f"blocks.{block[0]}.mlp_in.delta"
+            parameters[f"{ours_name}.{field}"] = p
+    assert adapted.trainable_parameters().keys() == parameters.keys()
+    copy_weights(adapted, parameters)
+
+    tokens = batch()
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-12)
+    wanted = tokens.roll(-1, 1)
+    their_loss(theirs, tokens, wanted).backward()
+    ours(tokens, wanted).backward()
+    for name, p in adapted.trainable_parameters().items():
+        assert p.grad is not None and p.grad.abs().max() > 0
+        torch.testing.assert_close(p.grad, parameters[name].grad, rtol=0, atol=1e-12)
+    methods.save_peft(adapted, tmp_path / "lora")
+    table = ours.wte.weight.detach().clone()
+    merged = adapted.merge()
+    torch.testing.assert_close(merged(tokens), expected, rtol=0, atol=1e-12)
+    if targets != ["c_fc"]:
+        assert not merged.config.tie_embeddings
+        assert torch.equal(merged.wte.weight, table) == ("wte" not in targets)
+        assert torch.equal(merged.head_weight, table) == ("lm_head" not in targets)
+    loaded = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "lora").eval()
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=0, atol=1e-6)

@@ -126,6 +126,10 @@ def test_memory_ends(api):
         other = c_void_p()
         assert api.cudaMalloc(byref(other), c_size_t(500)) == OUT_OF_MEMORY
         assert "500 bytes asked for, 400 left" in reason()
+        with cuda.settings(memory_bytes=100):  # less than is in use
+            api.cudaMemGetInfo(byref(free), byref(total))
+            assert (free.value, total.value) == (0, 100)
+            assert api.cudaMalloc(byref(other), c_size_t(1)) == OUT_OF_MEMORY
         api.cudaFree(memory)
         api.cudaFree(new(api.cudaMalloc, c_size_t(500)))
     assert cuda.leaks() == []

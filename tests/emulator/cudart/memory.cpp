@@ -175,11 +175,16 @@ void name_buffer(const void* device, const char* name) {
   find(device)->name = allocation.name.c_str();
 }
 
+// None where the settings leave less than is in use.
+size_t free_bytes() {
+  return settings.memory_bytes > used_bytes ? settings.memory_bytes - used_bytes : 0;
+}
+
 void* allocate(size_t num_bytes) {
-  if (num_bytes > settings.memory_bytes - used_bytes)
-    throw Refused(cudaErrorMemoryAllocation,
-                  "out of memory: " + std::to_string(num_bytes) + " bytes asked for, " +
-                      std::to_string(settings.memory_bytes - used_bytes) + " left");
+  if (num_bytes > free_bytes())
+    throw Refused(cudaErrorMemoryAllocation, "out of memory: " + std::to_string(num_bytes) +
+                                                 " bytes asked for, " +
+                                                 std::to_string(free_bytes()) + " left");
   const uintptr_t begin = new_address(num_bytes);
   Allocation& allocation = allocations[begin];
   allocation.name = "allocation " + std::to_string(allocations.size() - 1);
@@ -329,7 +334,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return api([&] {
     *total = settings.memory_bytes;
-    *free = settings.memory_bytes - used_bytes;
+    *free = free_bytes();
   });
 }
 

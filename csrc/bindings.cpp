@@ -15,10 +15,10 @@ TORCH_LIBRARY(leangpt, m) {
   m.def(
       "append_kv(Tensor qkv, Tensor(a!) kv_cache, Tensor positions, Tensor block_tables, "
       "Tensor? q_norm, Tensor? k_norm, Tensor? frequencies, int n_head, int n_kv_head, "
-      "float norm_eps, float rope_magnitude, bool is_int8) -> Tensor");
+      "float norm_eps, float rope_magnitude, str kv_dtype) -> Tensor");
   m.def(
       "attention_decode(Tensor q, Tensor kv_cache, Tensor positions, Tensor block_tables, "
-      "int n_kv_head, int max_keys, int sliding_window, bool is_int8) -> Tensor");
+      "int n_kv_head, int max_keys, int sliding_window, str kv_dtype) -> Tensor");
   m.def(
       "sample_decode(Tensor logits, float temperature, int top_k, float top_p, float min_p, "
       "int seed, int position) -> Tensor");

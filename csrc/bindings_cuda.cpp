@@ -132,16 +132,31 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptionalTen
   return first_columns(out, width);
 }
 
+KvKind kv_kind_of(const char* op, const std::string& name) {
+  static const std::map<std::string, KvKind> kKinds = {{"bfloat16", KvKind::kBf16},
+                                                       {"float16", KvKind::kFp16},
+                                                       {"int8", KvKind::kInt8},
+                                                       {"float8_e4m3", KvKind::kFp8}};
+  const auto found = kKinds.find(name);
+  TORCH_CHECK_VALUE(found != kKinds.end(), op,
+                    ": kv_dtype must be bfloat16, float16, int8 or float8_e4m3, got ", name);
+  return found->second;
+}
+
+// Of queries, which the cache's elements are multiplied with.
+at::ScalarType query_dtype(KvKind kind) {
+  return kind == KvKind::kFp16 ? at::kHalf : at::kBFloat16;
+}
+
 // What the ops of attention have in common.
 struct Cached {
   Cached(const char* op, const Tensor& x, const Tensor& kv_cache, const Tensor& positions,
-         const Tensor& block_tables, const HeadShape& shape, bool is_int8)
+         const Tensor& block_tables, const HeadShape& shape, KvKind kind)
       : heads(shape),
         table_of(at::arange(x.size(0), positions.options())),
         rows{positions.const_data_ptr<int32_t>(), table_of.const_data_ptr<int32_t>(),
              block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
              static_cast<int>(x.size(0))} {
-    const KvKind kind = is_int8 ? KvKind::kInt8 : KvKind::kBf16;
     const int64_t bytes = kv_block_bytes(shape.n_kv_head, shape.head_dim, kind);
     check_tensor(op, "kv_cache", kv_cache, at::kByte, {-1, bytes}, x);
     layer = {static_cast<uint8_t*>(kv_cache.data_ptr()), bytes, kind};
@@ -162,7 +177,8 @@ struct Cached {
 Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
                     const Tensor& block_tables, const OptionalTensor& q_norm,
                     const OptionalTensor& k_norm, const OptionalTensor& frequencies, int64_t n_head,
-                    int64_t n_kv_head, double norm_eps, double rope_magnitude, bool is_int8) {
+                    int64_t n_kv_head, double norm_eps, double rope_magnitude,
+                    std::string kv_dtype) {
   constexpr const char* kOp = "append_kv";
   const int64_t num_heads = n_head + 2 * n_kv_head;
   TORCH_CHECK_VALUE(n_kv_head > 0 && n_head % n_kv_head == 0, kOp,
@@ -171,6 +187,7 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
   TORCH_CHECK_VALUE(qkv.size(1) % num_heads == 0, kOp, ": qkv must be (N, (", n_head, " + 2 * ",
                     n_kv_head, ") * head_dim), got ", qkv.sizes());
   const int64_t D = qkv.size(1) / num_heads, N = qkv.size(0);
+  const KvKind kind = kv_kind_of(kOp, kv_dtype);
   Cached::check(kOp, qkv, positions, block_tables);
   if (q_norm) check_tensor(kOp, "q_norm", *q_norm, at::kFloat, {D}, qkv);
   if (k_norm) check_tensor(kOp, "k_norm", *k_norm, at::kFloat, {D}, qkv);
@@ -179,7 +196,7 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
   const Current current(qkv);
   const Cached cached(kOp, qkv, kv_cache, positions, block_tables,
                       {static_cast<int>(n_head), static_cast<int>(n_kv_head), static_cast<int>(D)},
-                      is_int8);
+                      kind);
   const OptionalTensor weights[] = {padded(q_norm, kLanes), padded(k_norm, kLanes)};
   Tensor rotations;
   if (frequencies) {
@@ -189,7 +206,7 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
                   rotations.data_ptr<float>(), static_cast<int>(N), current.stream);
   }
   const Tensor rows = *padded(qkv, kLanes);
-  Tensor queries = rows_like(qkv, n_head * D, at::kBFloat16);
+  Tensor queries = rows_like(qkv, n_head * D, query_dtype(kind));
   append_kv({rows.const_data_ptr<float>(), rows.size(1), pointer<float>(weights[0]),
              pointer<float>(weights[1]), static_cast<float>(norm_eps),
              frequencies ? rotations.const_data_ptr<float>() : nullptr,
@@ -200,9 +217,10 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
 
 Tensor attention_decode_op(const Tensor& q, const Tensor& kv_cache, const Tensor& positions,
                            const Tensor& block_tables, int64_t n_kv_head, int64_t max_keys,
-                           int64_t sliding_window, bool is_int8) {
+                           int64_t sliding_window, std::string kv_dtype) {
   constexpr const char* kOp = "attention_decode";
-  check_tensor(kOp, "q", q, at::kBFloat16, {-1, -1, -1}, q);
+  const KvKind kind = kv_kind_of(kOp, kv_dtype);
+  check_tensor(kOp, "q", q, query_dtype(kind), {-1, -1, -1}, q);
   const int64_t N = q.size(0), H = q.size(1), D = q.size(2);
   TORCH_CHECK_VALUE(n_kv_head > 0 && H % n_kv_head == 0, kOp,
                     ": the heads of q must be a multiple of n_kv_head, got ", H, " and ",
@@ -215,7 +233,7 @@ Tensor attention_decode_op(const Tensor& q, const Tensor& kv_cache, const Tensor
   const Current current(q);
   const Cached cached(kOp, q, kv_cache, positions, block_tables,
                       {static_cast<int>(H), static_cast<int>(n_kv_head), static_cast<int>(D)},
-                      is_int8);
+                      kind);
   const Tensor queries = *padded(q.view({N, H * D}), kLanes);
   // each row is a tile of its own: those of one sequence give the same bits together
   const Tensor tiles =

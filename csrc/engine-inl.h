@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "adapter.h"
 #include "batch.h"
 #include "draw.h"
 
@@ -59,6 +60,18 @@ LEANGPT_EXPORT int leangpt_kv_block_size() { return KvBlocks::kBlockSize; }
 LEANGPT_EXPORT void leangpt_decoder_delete(Decoder* decoder) { delete decoder; }
 
 LEANGPT_EXPORT int64_t leangpt_add_sequence(Decoder* decoder) { return decoder->blocks().add(); }
+
+LEANGPT_EXPORT int leangpt_add_adapter(Decoder* decoder, const LayerDeltas* layers,
+                                       int32_t* number) {
+  return guarded_work([&] { *number = decoder->add_adapter(layers); });
+}
+
+// leangpt_add_sequence with a prefix, an adapter, or both.
+LEANGPT_EXPORT int leangpt_add_adapted_sequence(Decoder* decoder, const float* keys,
+                                                const float* values, int64_t prefix,
+                                                int32_t adapter, int64_t* sequence) {
+  return guarded_work([&] { *sequence = decoder->add_sequence(keys, values, prefix, adapter); });
+}
 
 LEANGPT_EXPORT int leangpt_fork(Decoder* decoder, int64_t sequence, int64_t* copy) {
   return guarded([&] { *copy = decoder->blocks().fork(sequence); });

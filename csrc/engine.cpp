@@ -133,18 +133,6 @@ LEANGPT_EXPORT int leangpt_draw(const float* logits, int64_t vocab_size,
   return guarded([&] { *out = cpu::draw(logits, vocab_size, *settings); });
 }
 
-LEANGPT_EXPORT int leangpt_add_adapter(Decoder* decoder, const LayerDeltas* layers,
-                                       int32_t* number) {
-  return guarded([&] { *number = decoder->add_adapter(layers); });
-}
-
-// leangpt_add_sequence with a prefix, an adapter, or both.
-LEANGPT_EXPORT int leangpt_add_adapted_sequence(Decoder* decoder, const float* keys,
-                                                const float* values, int64_t prefix,
-                                                int32_t adapter, int64_t* sequence) {
-  return guarded_work([&] { *sequence = decoder->add_sequence(keys, values, prefix, adapter); });
-}
-
 // Read memory on all threads, as products read their weights: for benchmarks to time.
 LEANGPT_EXPORT float leangpt_read_memory(const uint8_t* p, int64_t bytes) {
   using namespace leangpt::cpu;

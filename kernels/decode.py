@@ -137,11 +137,6 @@ def library() -> ctypes.CDLL:
     lib.leangpt_unpack_row.argtypes = [POINTER(Matrix), c_int, c_void_p]
     lib.leangpt_linear.argtypes = [POINTER(Matrix), c_void_p, c_int64, c_void_p]
     lib.leangpt_decoder_new.argtypes = [POINTER(Model), c_int, c_int32, POINTER(c_void_p)]
-    lib.leangpt_add_adapter.argtypes = [c_void_p, c_void_p, POINTER(c_int32)]
-    lib.leangpt_add_adapted_sequence.argtypes = [
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_int32),
-        POINTER(c_int64),
-    ]
     lib.leangpt_draw.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     check(lib.leangpt_isa(byref(ctypes.c_char_p())), lib)
     threads = os.environ.get("LEANGPT_THREADS")
@@ -159,6 +154,11 @@ def _declare_decoder(lib: ctypes.CDLL) -> None:
     lib.leangpt_free_blocks.restype = c_int32
     for name in ("leangpt_add_sequence", "leangpt_free_blocks", "leangpt_decoder_delete"):
         getattr(lib, name).argtypes = [c_void_p]
+    lib.leangpt_add_adapter.argtypes = [c_void_p, c_void_p, POINTER(c_int32)]
+    lib.leangpt_add_adapted_sequence.argtypes = [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int32),
+        POINTER(c_int64),
+    ]
     lib.leangpt_fork.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
     lib.leangpt_truncate.argtypes = [c_void_p, c_int64, c_int64]
     lib.leangpt_drop.argtypes = [c_void_p, c_int64]

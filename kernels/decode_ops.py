@@ -54,7 +54,7 @@ def append_kv(
     norm_eps: float = 1e-5,
     frequencies: Tensor | None = None,
     rope_magnitude: float = 1.0,
-    is_int8: bool = False,
+    kv_dtype: str = "bfloat16",
 ) -> Tensor:
     """Norms of heads and rotary positions, and the keys and values to their pages.
 
@@ -65,14 +65,14 @@ def append_kv(
         block_tables: `(N, pages)` int32, the pages of each row's sequence.
         q_norm, k_norm: `(D,)` float32, weights of RMS norms of the heads.
         frequencies: `(D/2,)` float32, radians a position.
-        is_int8: the cache holds int8 with a scale for each key and value of a head, not bfloat16.
+        kv_dtype: of the cache: "bfloat16", "float16", or "int8" or "float8_e4m3" with a scale for each key and value of a head.
 
     Returns:
-        The queries `(N, H, D)` bfloat16, scaled by D^-0.5.
+        The queries `(N, H, D)` bfloat16, for a cache of float16 float16, scaled by D^-0.5.
     """
     return torch.ops.leangpt.append_kv(
         *(qkv, kv_cache, positions, block_tables, q_norm, k_norm, frequencies),
-        *(n_head, n_kv_head, norm_eps, rope_magnitude, is_int8),
+        *(n_head, n_kv_head, norm_eps, rope_magnitude, kv_dtype),
     )
 
 
@@ -85,12 +85,12 @@ def attention_decode(
     max_keys: int,
     *,
     sliding_window: int | None = None,
-    is_int8: bool = False,
+    kv_dtype: str = "bfloat16",
 ) -> Tensor:
     """Attention of queries to the keys up to their positions, in splits of 256 keys that are merged in order.
 
     Args:
-        q: `(N, H, D)` bfloat16, scaled, as `append_kv` returns them; the other tensors are as there.
+        q: `(N, H, D)`, as `append_kv` returns them; the other tensors are as there.
         max_keys: at least the largest position + 1; launches are sized for it.
         sliding_window: keys that a query sees.
 
@@ -102,7 +102,7 @@ def attention_decode(
     """
     return torch.ops.leangpt.attention_decode(
         *(q, kv_cache, positions, block_tables, n_kv_head, max_keys),
-        *(sliding_window or 0, is_int8),
+        *(sliding_window or 0, kv_dtype),
     )
 
 
@@ -137,13 +137,14 @@ def _register_fakes() -> None:
         return x.new_empty((x.shape[0], num_outputs // (1 + (activation == "swiglu"))))
 
     @register_fake("leangpt::append_kv")
-    def _(qkv, kv_cache, positions, block_tables, q_norm, k_norm, frequencies, n_head, n_kv_head, norm_eps, rope_magnitude, is_int8):  # fmt: skip
+    def _(qkv, kv_cache, positions, block_tables, q_norm, k_norm, frequencies, n_head, n_kv_head, norm_eps, rope_magnitude, kv_dtype):  # fmt: skip
         D = qkv.shape[1] // (n_head + 2 * n_kv_head)
-        return qkv.new_empty((qkv.shape[0], n_head, D), dtype=torch.bfloat16)
+        dtype = torch.float16 if kv_dtype == "float16" else torch.bfloat16
+        return qkv.new_empty((qkv.shape[0], n_head, D), dtype=dtype)
 
     @register_fake("leangpt::attention_decode")
-    def _(q, kv_cache, positions, block_tables, n_kv_head, max_keys, sliding_window, is_int8):
-        return torch.empty_like(q)
+    def _(q, kv_cache, positions, block_tables, n_kv_head, max_keys, sliding_window, kv_dtype):
+        return torch.empty_like(q, dtype=torch.bfloat16)
 
     @register_fake("leangpt::sample_decode")
     def _(logits, temperature, top_k, top_p, min_p, seed, position):

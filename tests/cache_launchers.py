@@ -1,13 +1,13 @@
-"""The launchers of csrc/cuda/kv_cache.cu and attention_decode.cu, called in the emulator on a paged cache."""
+"""The launchers of csrc/cuda/kv_cache.cu and attention_decode.cu, called on a GPU or in the emulator on a paged cache."""
 
 import functools
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import CDLL, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import cuda_device as cuda
 import torch
-from emulator import cuda
 from torch import Tensor
 
 _HERE = Path(__file__).parent / "cuda"
@@ -17,7 +17,7 @@ _SOURCES = [
     *(_CSRC / f"{name}.cu" for name in ("kv_cache", "attention_decode")),
 ]
 PAGE = 16
-KINDS = {"bf16": 1, "int8": 2}  # of keys and values, as in kernels.h
+KINDS = {"bf16": 1, "int8": 2, "fp16": 3, "fp8": 4}  # of keys and values, as in kernels.h
 
 
 class HeadShape(Structure):
@@ -30,7 +30,7 @@ class _KvLayer(Structure):
 
 class _StepRows(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("positions", "table_of", "block_tables")),
+        *((name, c_void_p) for name in ("places", "table_of", "block_tables")),
         ("table_stride", c_int64),
         ("num_rows", c_int),
     ]
@@ -47,6 +47,13 @@ class _AppendArgs(Structure):
     ]
 
 
+class _Prefix(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int) for name in ("length", "n_layer")),
+    ]
+
+
 class _AttentionArgs(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("queries", "out")),
@@ -58,7 +65,7 @@ class _AttentionArgs(Structure):
 
 
 @functools.cache
-def library() -> cuda.Library:
+def library() -> CDLL:
     loaded = cuda.library("cache_launchers", _SOURCES)
     loaded.call_kv_block_bytes.restype = loaded.call_attention_scratch_floats.restype = c_int64
     return loaded
@@ -73,9 +80,7 @@ def call(name: str, *args: Any) -> None:
         raise ValueError(message.decode())
 
 
-def rotary_angles(
-    positions: Tensor, frequencies: Tensor, magnitude: float = 1.0
-) -> cuda.DeviceTensor:
+def rotary_angles(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Any:
     """Cosines, then sines, `(rows, head_dim)`, of rows at `positions`."""
     D = 2 * len(frequencies)
     rotations = cuda.empty((len(positions), D), torch.float32, "rotations")
@@ -125,12 +130,16 @@ class PagedCache:
             order = order[count:]
 
     @property
+    def query_dtype(self) -> torch.dtype:
+        return torch.float16 if self.kind == "fp16" else torch.bfloat16
+
+    @property
     def stride(self) -> int:
         return -(-self.shape.n_head * self.shape.head_dim // 16) * 16
 
     def step_rows(self, rows: Rows) -> _StepRows:
         return _StepRows(
-            cuda.to_device(rows.positions, "positions").address,
+            cuda.to_device(rows.positions, "places").address,
             cuda.to_device(rows.sequences, "table_of").address,
             cuda.to_device(self.block_tables, "block_tables").address,
             self.block_tables.shape[1],
@@ -143,11 +152,13 @@ class PagedCache:
         rows: Rows,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
-        rotations: cuda.DeviceTensor | None = None,
+        rotations: Any | None = None,
     ) -> Tensor:
-        """Write keys and values of `qkv` `(rows, H + 2 H_kv, D)`; its queries, `(rows, H, D)` bfloat16."""
+        """Write keys and values of `qkv` `(rows, H + 2 H_kv, D)`; its queries, `(rows, H, D)` in `query_dtype`."""
         flat = torch.nn.functional.pad(qkv.flatten(1), (0, 3))  # rows may be further apart
-        queries = cuda.to_device(torch.zeros(len(qkv), self.stride).bfloat16(), "queries")
+        queries = cuda.to_device(
+            torch.zeros(len(qkv), self.stride, dtype=self.query_dtype), "queries"
+        )
 
         def address(tensor: Tensor | None, name: str) -> int | None:
             return None if tensor is None else cuda.to_device(tensor, name).address
@@ -165,6 +176,16 @@ class PagedCache:
         call("append_kv", byref(args), byref(self.shape), byref(self.step_rows(rows)), byref(self.layer))  # fmt: skip
         H, D = self.shape.n_head, self.shape.head_dim
         return queries.cpu()[:, : H * D].unflatten(1, (H, D))
+
+    def write_prefix(self, sequence: int, keys: Tensor, values: Tensor) -> None:
+        """Write the first keys and values of a sequence, `(length, H_kv, D)` float32."""
+        memory = [cuda.to_device(x[None], "prefix") for x in (keys, values)]
+        prefix = _Prefix(memory[0].address, memory[1].address, len(keys), 1)
+        table = cuda.to_device(self.block_tables[sequence].clone(), "block_table")
+        layer_bytes = c_int64(self.pages.nbytes)
+        call(
+            "write_prefix", byref(prefix), byref(self.shape), table, byref(self.layer), layer_bytes
+        )
 
     def attend(
         self, queries: Tensor, rows: Rows, window: int = 0, max_keys: int | None = None
@@ -198,7 +219,7 @@ class PagedCache:
         """What the cache stands for, `(length, H_kv, D)` float32 both, by the layout that kv_layout.cuh states."""
         H_kv, D = self.shape.n_kv_head, self.shape.head_dim
         num_elements = -(-D // 16) * 16 * PAGE
-        num_bytes = num_elements * (2 if self.kind == "bf16" else 1)
+        num_bytes = num_elements * (1 if self.kind in ("int8", "fp8") else 2)
         pages = self.pages.cpu()[self.block_tables[sequence, : -(-length // PAGE)].long()]
         heads = pages.unflatten(1, (H_kv, -1))
         slot, dim = torch.arange(PAGE)[:, None], torch.arange(D)
@@ -207,12 +228,16 @@ class PagedCache:
         found = []
         for i, place in enumerate((key, value)):
             stored = heads[..., i * num_bytes : (i + 1) * num_bytes].contiguous()
-            if self.kind == "bf16":
-                elements = stored.view(torch.bfloat16).float()[..., dim // 16 * 256 + place]
+            if self.kind in ("bf16", "fp16"):
+                elements = stored.view(self.query_dtype).float()[..., dim // 16 * 256 + place]
             else:
                 first = 2 * num_bytes + i * PAGE * 4
                 scales = heads[..., first : first + PAGE * 4].contiguous().view(torch.float32)
-                elements = (stored.float() - 128)[..., dim // 16 * 256 + place] * scales[..., None]
+                is_fp8 = self.kind == "fp8"
+                numbers = (
+                    stored.view(torch.float8_e4m3fn).float() if is_fp8 else stored.float() - 128
+                )
+                elements = numbers[..., dim // 16 * 256 + place] * scales[..., None]
             # (pages, H_kv, slots, D)
             found.append(elements.transpose(1, 2).flatten(0, 1)[:length])
         return found[0], found[1]

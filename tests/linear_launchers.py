@@ -1,12 +1,13 @@
-"""The launchers of csrc/cuda/linear_decode.cu, layer_norm.cu and embedding.cu, called in the emulator."""
+"""The launchers of csrc/cuda/linear_decode.cu, delta.cu, layer_norm.cu and embedding.cu, called on a GPU or in the emulator."""
 
 import functools
-from ctypes import Structure, byref, c_bool, c_char_p, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL, Structure, byref, c_bool, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import cuda_device as cuda
 import torch
-from emulator import cuda
 from native_helpers import PackedMatrix
 from torch import Tensor
 
@@ -16,7 +17,7 @@ _HERE = Path(__file__).parent / "cuda"
 _CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 _SOURCES = [
     _HERE / "linear_launchers.cpp",
-    *(_CSRC / f"{name}.cu" for name in ("linear_decode", "layer_norm", "embedding")),
+    *(_CSRC / f"{name}.cu" for name in ("linear_decode", "delta", "layer_norm", "embedding")),
 ]
 ACTIVATIONS = {"none": 0, **decode.ACTIVATIONS}
 
@@ -40,11 +41,12 @@ class _LinearOutput(Structure):
         *((name, c_void_p) for name in ("out", "stream", "bf16")),
         ("stride", c_int64),
         ("activation", c_int32),
+        *((name, c_void_p) for name in ("addends", "addend_of")),
     ]
 
 
 @functools.cache
-def _library() -> cuda.Library:
+def _library() -> CDLL:
     return cuda.library("linear_launchers", _SOURCES)
 
 
@@ -88,8 +90,12 @@ def linear_decode(
     activation: str = "none",
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    addends: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`activation(norm(x) w^T + bias)`, plus `residual`: of `x` float32 with a norm, else bfloat16, `(rows, k)`."""
+    """`activation(norm(x) w^T + bias)`, plus `residual`: of `x` float32 with a norm, else bfloat16, `(rows, k)`.
+
+    `addends` `(.., n up to a multiple of 64)` and their number for each row, or -1, come to the product and bias.
+    """
     n = packed.matrix.n // 2 if activation == "swiglu" else packed.matrix.n
     num_rows = len(x if row_of is None else row_of)
     rows = cuda.to_device(padded(x), "x")
@@ -108,12 +114,92 @@ def linear_decode(
         out = cuda.to_device(torch.zeros(num_rows, out_stride, dtype=dtype), "out")
     target = _LinearOutput(stride=out_stride, activation=ACTIVATIONS[activation])
     setattr(target, field, out.address)
+    if addends is not None:
+        target.addends = cuda.to_device(addends[0], "addends").address
+        target.addend_of = cuda.to_device(addends[1], "addend_of").address
     _call(
         "call_linear_decode", byref(device_matrix(packed)), byref(source), byref(target), num_rows
     )
     result = out.cpu()
     assert not result[:, n:].any(), "what lies behind the outputs was changed"
     return result[:, :n]
+
+
+class DeviceDelta:
+    """A low-rank delta or bottleneck, packed, on the device."""
+
+    def __init__(
+        self,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        is_bottleneck: bool,
+    ):
+        self.rank = len(down)
+        biases = [None if b is None else b.numpy() for b in (down_bias, up_bias)]
+        self.packed = [
+            PackedMatrix("fp32", w.numpy(), b) for w, b in zip((down, up), biases, strict=True)
+        ]
+        self.struct = decode.Delta(*map(device_matrix, self.packed), is_bottleneck)
+
+
+class _MatrixDeltas(Structure):
+    _fields_ = [
+        ("deltas", c_void_p),
+        ("stride", c_int64),
+        *((name, c_int32) for name in ("is_bottleneck", "outputs", "most_ranks")),
+    ]
+
+
+class _DeltaRows(Structure):
+    _fields_ = [*((name, c_void_p) for name in ("rows", "tiles")), ("num_tiles", c_int32)]
+
+
+def multiply_deltas(
+    deltas: Sequence[DeviceDelta | None],
+    rows: Mapping[int, Sequence[int]],
+    x: Tensor,
+    outputs: int,
+    is_bottleneck: bool,
+) -> Tensor:
+    """What deltas, by adapter, add to the products of `rows` of x, by adapter: one after the other, `(.., outputs)`."""
+    structs = (decode.Delta * len(deltas))(
+        *(decode.Delta() if d is None else d.struct for d in deltas)
+    )
+    memory = cuda.to_device(torch.frombuffer(structs, dtype=torch.uint8).clone(), "deltas")
+    most_ranks = max(d.rank for d in deltas if d is not None)
+    of_matrix = _MatrixDeltas(memory.address, 1, is_bottleneck, outputs, most_ranks)
+    order, tiles = [], []
+    for adapter, of_adapter in rows.items():
+        for first in range(0, len(of_adapter), 4):
+            tiles.append((adapter, len(order) + first, min(4, len(of_adapter) - first)))
+        order += of_adapter
+    tiles.append((0, 0, 0))  # as steps of a graph have them
+    device_rows = cuda.to_device(torch.tensor(order, dtype=torch.int32), "rows")
+    device_tiles = cuda.to_device(torch.tensor(tiles, dtype=torch.int32), "tiles")
+    of_rows = _DeltaRows(device_rows.address, device_tiles.address, len(tiles))
+    source = cuda.to_device(padded(x), "x")
+    narrow = cuda.empty((len(order), -(-most_ranks // 64) * 64), torch.float32, "narrow")
+    addends = cuda.empty((len(order), -(-outputs // 64) * 64), torch.float32, "addends")
+    _call(
+        "call_multiply_deltas", byref(of_matrix), byref(of_rows), source,
+        int(x.dtype == torch.bfloat16), c_int64(source.shape[1]), narrow, addends,
+    )  # fmt: skip
+    return addends.cpu()[:, :outputs]
+
+
+def add_branch(
+    branch: Tensor, addends: Tensor, addend_of: Tensor, outputs: int, stream: Tensor
+) -> Tensor:
+    """The stream, plus a branch and its addends."""
+    out = cuda.to_device(padded(stream), "stream")
+    _call(
+        "call_add_branch", cuda.to_device(padded(branch), "branch"),
+        cuda.to_device(addends, "addends"), cuda.to_device(addend_of, "addend_of"), outputs, out,
+        c_int64(out.shape[1]), len(stream),
+    )  # fmt: skip
+    return out.cpu()[:, : stream.shape[1]]
 
 
 def call_linear_decode(packed: PackedMatrix, source: dict, target: dict) -> None:

@@ -4,7 +4,7 @@
 // many rows of a sequence as there is room for. They are the rows of mma.m16n8k16, which computes
 // each of them alone. The keys are taken in splits of 256. Within one, warp w has the pages w, w +
 // kWarps, .. and runs an online softmax over them; then the warps are merged in their order, and
-// the splits in theirs. Splits and pages are cut by position alone, so a query has the same bits
+// the splits in theirs. Splits and pages are cut by place alone, so a query has the same bits
 // whichever others are in its tile, and however the splits are spread: over blocks, whose results
 // another kernel merges, or one after the other in one block.
 //
@@ -18,7 +18,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "int8.cuh"
+#include "bytes.cuh"
 #include "kv_layout.cuh"
 #include "launch.h"
 #include "ptx.cuh"
@@ -51,9 +51,9 @@ struct Params {
   int num_splits;
 };
 
-// The first key that a query at a position sees.
-__device__ int first_seen(int position, int sliding_window) {
-  return sliding_window ? max(0, position + 1 - sliding_window) : 0;
+// The first key that a query at a place sees.
+__device__ int first_seen(int place, int sliding_window) {
+  return sliding_window ? max(0, place + 1 - sliding_window) : 0;
 }
 
 // Floats of a split's result: the largest score, the sum of the weights, two unused, the sums.
@@ -109,7 +109,12 @@ struct Operands {
 template <KvKind kKind>
 __device__ __forceinline__ Operands load_operands(const uint8_t* elements, int step, int lane) {
   const int at = (step * 32 + lane) * kLaneElements;
-  if constexpr (kKind == KvKind::kInt8) {
+  if constexpr (kKind == KvKind::kFp8) {
+    const uint2 two = *reinterpret_cast<const uint2*>(elements + at);
+    return {
+        {fp8_to_bf16(__byte_perm(two.x, 0, 0x1404)), fp8_to_bf16(__byte_perm(two.x, 0, 0x3424))},
+        {fp8_to_bf16(__byte_perm(two.y, 0, 0x1404)), fp8_to_bf16(__byte_perm(two.y, 0, 0x3424))}};
+  } else if constexpr (kKind == KvKind::kInt8) {
     const uint2 two = *reinterpret_cast<const uint2*>(elements + at);
     return {{bytes_to_bf16(__byte_perm(two.x, 0, 0x4140)),
              bytes_to_bf16(__byte_perm(two.x, 0, 0x4342))},
@@ -119,6 +124,19 @@ __device__ __forceinline__ Operands load_operands(const uint8_t* elements, int s
     const uint4 four = *reinterpret_cast<const uint4*>(elements + at * 2);
     return {{four.x, four.y}, {four.z, four.w}};
   }
+}
+
+template <KvKind kKind>
+__device__ __forceinline__ void mma(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  if constexpr (kKind == KvKind::kFp16) {
+    mma_fp16(sum, a.x, a.y, a.z, a.w, b0, b1);
+  } else {
+    mma_bf16(sum, a.x, a.y, a.z, a.w, b0, b1);
+  }
+}
+template <KvKind kKind>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return kKind == KvKind::kFp16 ? pack_fp16(low, high) : pack_bf16(low, high);
 }
 
 // Copy the queries of a tile to shared memory, by all threads of a block: for each 16 dimensions,
@@ -158,7 +176,7 @@ struct WarpTile {
     for (int i = 0; i < 2; ++i) {
       const int query = lane / 4 + 8 * i;
       const bool is_there = query < tile.num_rows * p.heads;
-      last_key[i] = is_there ? p.rows.positions[tile.first_row + query / p.heads] : -1;
+      last_key[i] = is_there ? p.rows.places[tile.first_row + query / p.heads] : -1;
       first_key[i] = first_seen(last_key[i], p.args.sliding_window);
     }
   }
@@ -183,8 +201,8 @@ struct WarpTile {
       if (step < num_steps) {
         const Operands keys = load_operands<kKind>(page, step, lane);
         const uint4 q = queries[step * 32 + lane];
-        mma_bf16(scores[0], q.x, q.y, q.z, q.w, keys.first[0], keys.first[1]);
-        mma_bf16(scores[1], q.x, q.y, q.z, q.w, keys.second[0], keys.second[1]);
+        mma<kKind>(scores[0], q, keys.first[0], keys.first[1]);
+        mma<kKind>(scores[1], q, keys.second[0], keys.second[1]);
       }
     }
 
@@ -196,7 +214,7 @@ struct WarpTile {
       for (int j = 0; j < 4; ++j) {
         const int slot = j / 2 * 8 + lane % 4 * 2 + j % 2;
         float& score = scores[j / 2][2 * i + j % 2];
-        if constexpr (kKind == KvKind::kInt8) score *= scales[slot];
+        if constexpr (kHasKvScales<kKind>) score *= scales[slot];
         const bool is_seen = first + slot >= first_key[i] && first + slot <= last_key[i];
         score = is_seen ? score * kLog2E : -INFINITY;
         largest = fmaxf(largest, score);
@@ -212,7 +230,7 @@ struct WarpTile {
         const float weight = exp2f(score - base);
         softmax[i].total += weight;
         weights[i][j] = weight;
-        if constexpr (kKind == KvKind::kInt8) {
+        if constexpr (kHasKvScales<kKind>) {
           const int slot = j / 2 * 8 + lane % 4 * 2 + j % 2;
           // the scale of a value that is not seen may be NaN
           weights[i][j] = score == -INFINITY ? 0.0f : weight * scales[kPageSize + slot];
@@ -228,20 +246,15 @@ struct WarpTile {
       return (slot < left ? 0x0000FFFFu : 0u) | (slot + 1 < left ? 0xFFFF0000u : 0u);
     };
     const uint32_t masks[] = {mask(0), mask(8)};
-    uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      a[i] = pack_bf16(weights[i][0], weights[i][1]);
-      a[i + 2] = pack_bf16(weights[i][2], weights[i][3]);
-    }
+    const uint4 a = {
+        pack<kKind>(weights[0][0], weights[0][1]), pack<kKind>(weights[1][0], weights[1][1]),
+        pack<kKind>(weights[0][2], weights[0][3]), pack<kKind>(weights[1][2], weights[1][3])};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (step < num_steps) {
         const Operands v = load_operands<kKind>(values, step, lane);
-        mma_bf16(sums[2 * step], a[0], a[1], a[2], a[3], v.first[0] & masks[0],
-                 v.first[1] & masks[1]);
-        mma_bf16(sums[2 * step + 1], a[0], a[1], a[2], a[3], v.second[0] & masks[0],
-                 v.second[1] & masks[1]);
+        mma<kKind>(sums[2 * step], a, v.first[0] & masks[0], v.first[1] & masks[1]);
+        mma<kKind>(sums[2 * step + 1], a, v.second[0] & masks[0], v.second[1] & masks[1]);
       }
     }
   }
@@ -386,11 +399,11 @@ __global__ void __launch_bounds__(Plan<kSteps>::kThreads, 1) attend_kernel(const
   const int first_head = static_cast<int>(blockIdx.y) * p.heads;
   const int D = p.shape.head_dim, num_steps = num_steps_of(D), width = num_steps * kStepDims;
   const SharedMemory<kSteps> memory(shared, num_steps, kv_head_bytes<kKind>(num_steps));
-  const int first_position = p.rows.positions[tile.first_row];
-  const int last_position = p.rows.positions[tile.first_row + tile.num_rows - 1];
+  const int first_place = p.rows.places[tile.first_row];
+  const int last_place = p.rows.places[tile.first_row + tile.num_rows - 1];
   const Keys keys = {p.layer.base + int64_t{kv_head} * memory.head_bytes, p.layer.block_bytes,
                      p.rows.block_tables + p.rows.table_of[tile.first_row] * p.rows.table_stride,
-                     first_seen(first_position, p.args.sliding_window), last_position};
+                     first_seen(first_place, p.args.sliding_window), last_place};
   const int first_split = keys.first_split() + static_cast<int>(blockIdx.z);
   if (first_split > keys.last_split()) return;
 
@@ -444,14 +457,14 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const Params p)
   const int head = static_cast<int>(item % p.shape.n_head);
   if (row >= p.rows.num_rows) return;
   const int D = p.shape.head_dim, num_steps = num_steps_of(D);
-  const int position = p.rows.positions[row];
-  const int first_key = first_seen(position, p.args.sliding_window);
+  const int place = p.rows.places[row];
+  const int first_key = first_seen(place, p.args.sliding_window);
   const float* states = p.args.scratch + item * p.num_splits * state_floats(num_steps);
   for (int dim = lane * 4; dim < num_steps * kStepDims; dim += 128) {
     Softmax all = {-INFINITY, 0.0f};
     float4 sums = {};
 #pragma unroll 4
-    for (int split = first_key / kSplitKeys; split <= position / kSplitKeys; ++split) {
+    for (int split = first_key / kSplitKeys; split <= place / kSplitKeys; ++split) {
       const float* state = states + split % p.num_splits * state_floats(num_steps);
       const Factors f = merge(all, *reinterpret_cast<const Softmax*>(state));
       sums = merge(sums, *reinterpret_cast<const float4*>(state + 4 + dim), f);
@@ -523,11 +536,7 @@ void attention_decode(const AttentionArgs& args, const HeadShape& shape, const S
   int num_splits = most_splits(args.max_keys, args.sliding_window);
   if (scratch_floats(shape, rows.num_rows, num_splits) > kMostScratchFloats) num_splits = 1;
   const Params params = {args, shape, rows, layer, heads_of(shape), turns_of(shape), num_splits};
-  if (layer.kind == KvKind::kInt8) {
-    launch<KvKind::kInt8>(params, stream);
-  } else {
-    launch<KvKind::kBf16>(params, stream);
-  }
+  with_kind(layer.kind, "attention_decode", [&](auto kind) { launch<kind()>(params, stream); });
   if (num_splits == 1) return;
   const int64_t warps = int64_t{rows.num_rows} * shape.n_head;
   merge_kernel<<<static_cast<unsigned>((warps + kMergeWarps - 1) / kMergeWarps), kMergeWarps * 32,

@@ -12,7 +12,7 @@ constexpr int kOutputRows = kMaxPaddedRows;  // hidden states or logits that are
 std::string text(int64_t n) { return std::to_string(n); }
 
 // The config of a model that the kernels know.
-const ModelConfig& checked(const Model& model, KvKind kv_kind, int device) {
+const ModelConfig& checked(const Model& model, int device) {
   if (model.config.head_dim > kMaxHeadDim) {
     throw std::invalid_argument("head_dim must be at most " + text(kMaxHeadDim) + " on CUDA, got " +
                                 text(model.config.head_dim));
@@ -21,9 +21,6 @@ const ModelConfig& checked(const Model& model, KvKind kv_kind, int device) {
     throw std::invalid_argument(
         "the model's weights are packed as fp32: the CUDA decode engine multiplies bf16, int8 and "
         "int4; pack it as bf16");
-  }
-  if (kv_kind != KvKind::kBf16 && kv_kind != KvKind::kInt8) {
-    throw std::invalid_argument("the cache must be bfloat16 or int8 on CUDA");
   }
   check_device(device);
   return model.config;
@@ -62,7 +59,7 @@ Decoder::Decoder(const Model& model, KvKind kv_kind, int32_t num_blocks, int dev
                  bool has_graphs)
     : device_(device),
       has_graphs_(has_graphs),
-      config_(checked(model, kv_kind, device)),
+      config_(checked(model, device)),
       model_(model),
       layers_(model.layers, model.layers + model.config.n_layer),
       blocks_(num_blocks),
@@ -108,8 +105,13 @@ void Decoder::upload() {
   upload(&model_.head);
   model_.screen = {};  // for few rows on a CPU
   model_.screen_errors = nullptr;
+  finish_upload();
+}
+
+void Decoder::finish_upload() {
   // the last copies may still be on their way, and `stream_` does not wait for them
   check(cudaDeviceSynchronize(), "copying the weights");
+  uploaded_.clear();
 }
 
 void Decoder::upload(Matrix* w) {
@@ -138,6 +140,78 @@ void Decoder::upload(const T** data, int64_t count) {
   *data = static_cast<const T*>(copy);
 }
 
+int32_t Decoder::add_adapter(const LayerDeltas* layers) {
+  const DeviceGuard guard(device_);
+  const size_t num_buffers = weights_.size(), num_layers = adapters_.size();
+  try {
+    for (int i = 0; i < config_.n_layer; ++i) {
+      LayerDeltas layer = layers[i];
+      for (Delta* delta : {&layer.qkv, &layer.attn_out, &layer.mlp_in, &layer.mlp_out}) {
+        if (delta->down.data == nullptr) continue;
+        most_ranks_ = std::max(most_ranks_, delta->down.n);
+        upload(&delta->down);
+        upload(&delta->up);
+      }
+      adapters_.push_back(layer);
+    }
+    const int64_t bytes = static_cast<int64_t>(adapters_.size() * sizeof(LayerDeltas));
+    device_adapters_.reserve(bytes);
+    check(cudaMemcpy(device_adapters_.at(), adapters_.data(), bytes, cudaMemcpyHostToDevice),
+          "copying the adapters");
+    finish_upload();
+  } catch (...) {  // as if it had not been
+    adapters_.resize(num_layers);
+    while (weights_.size() > num_buffers) weights_.pop_back();
+    uploaded_.clear();
+    throw;
+  }
+  forget_graphs();  // they know which matrices any adapter has a delta for, and where
+  return static_cast<int32_t>(adapters_.size()) / config_.n_layer - 1;
+}
+
+int64_t Decoder::add_sequence(const float* keys, const float* values, int64_t prefix,
+                              int32_t adapter) {
+  const auto num_adapters = static_cast<int64_t>(adapters_.size()) / config_.n_layer;
+  if (adapter < -1 || adapter >= num_adapters) {
+    throw std::invalid_argument("there is no adapter " + text(adapter) +
+                                ": add_adapter gives its number");
+  }
+  const int64_t number = blocks_.add();
+  try {
+    if (prefix > 0) write_prefix(number, keys, values, prefix);
+  } catch (...) {
+    blocks_.drop(number);
+    throw;
+  }
+  Sequence& sequence = blocks_.at(number);
+  sequence.length = sequence.prefix = prefix;
+  sequence.adapter = adapter;
+  return number;
+}
+
+void Decoder::write_prefix(int64_t sequence, const float* keys, const float* values,
+                           int64_t length) {
+  const DeviceGuard guard(device_);
+  std::vector<BlockCopy> copies;  // none: it shares no page
+  blocks_.reserve({{sequence, length}}, &copies);
+  const std::vector<int32_t>& pages = blocks_.at(sequence).block_table;
+  DeviceBuffer memory[3];
+  const auto copy = [&](int i, const void* from, int64_t bytes) {
+    memory[i].reserve(bytes);
+    check(cudaMemcpyAsync(memory[i].at(), from, bytes, cudaMemcpyHostToDevice, stream_),
+          "copying a prefix");
+  };
+  const int64_t bytes = config_.n_layer * length * config_.n_kv_head * config_.head_dim *
+                        static_cast<int64_t>(sizeof(float));
+  copy(0, keys, bytes);
+  copy(1, values, bytes);
+  copy(2, pages.data(), static_cast<int64_t>(pages.size() * sizeof(int32_t)));
+  cuda::write_prefix(
+      {memory[0].at<float>(), memory[1].at<float>(), static_cast<int>(length), config_.n_layer},
+      heads(), memory[2].at<int32_t>(), kv_layer(0), layer_bytes_, stream_);
+  check(cudaStreamSynchronize(stream_), "writing a prefix");
+}
+
 Norm Decoder::norm(const float* weight, const float* bias) const {
   return {weight, bias, config_.norm_eps, config_.is_rms_norm != 0};
 }
@@ -164,7 +238,78 @@ void Decoder::reserve() {
   has_moved |= inner_.reserve(N * stride_of(config_.n_inner) * halves);
   has_moved |= outputs_.reserve(outputs * std::max(widths[0], widths[1]) * floats);
   has_moved |= scratch_.reserve(scratch_bytes);
+  if (shape.num_delta_rows) {
+    const int64_t widest = std::max({layers_[0].qkv.n, layers_[0].attn_out.n, layers_[0].mlp_in.n});
+    const int64_t rows = shape.num_delta_rows * floats;
+    has_moved |= narrow_.reserve(rows * round_up(most_ranks_, kPanelWidth));
+    has_moved |= addends_.reserve(rows * round_up(widest, kPanelWidth));
+    has_moved |= branch_.reserve(N * widths[0] * floats);
+  }
   if (has_moved) forget_graphs();
+}
+
+bool Decoder::has_delta(int layer, Delta LayerDeltas::* of, bool is_bottleneck) const {
+  for (size_t i = layer; i < adapters_.size(); i += config_.n_layer) {
+    const Delta& delta = adapters_[i].*of;
+    if (delta.down.data && (delta.is_bottleneck != 0) == is_bottleneck) return true;
+  }
+  return false;
+}
+
+MatrixDeltas Decoder::deltas(int layer, Delta LayerDeltas::* of, bool is_bottleneck,
+                             const Matrix& w) const {
+  static_assert(sizeof(LayerDeltas) % sizeof(Delta) == 0);
+  constexpr int64_t kOfALayer = sizeof(LayerDeltas) / sizeof(Delta);
+  const LayerDeltas* first = device_adapters_.at<LayerDeltas>() + layer;
+  return {&(first->*of), config_.n_layer * kOfALayer, is_bottleneck, w.n, most_ranks_};
+}
+
+// What low-rank deltas add to a product of these rows goes to its output.
+void Decoder::add_low_rank(const uint16_t* in, int64_t stride, const Matrix& w, int layer,
+                           Delta LayerDeltas::* of, LinearOutput* out) {
+  if (!has_delta(layer, of, false)) return;
+  multiply_deltas(deltas(layer, of, false, w), step_.delta_rows(), in, stride, narrow_.at<float>(),
+                  addends_.at<float>(), stream_);
+  out->addends = addends_.at<float>();
+  out->addend_of = step_.addend_of();
+}
+
+// out = product of the normed stream, with the deltas of the rows that have some
+void Decoder::norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
+                                Delta LayerDeltas::* of, LinearOutput out) {
+  const int N = step_.shape().num_rows;
+  const int64_t C = stride_of(config_.n_embd);
+  const auto* x = stream_rows_.at<float>();
+  auto* normed = normed_.at<uint16_t>();
+  LinearInput in = {x, nullptr, C, nullptr, norm(weight, bias), normed};
+  if (step_.shape().num_delta_rows) {  // deltas read what the matrix reads
+    normalize(x, C, nullptr, in.norm, config_.n_embd, normed, C, N, stream_);
+    in = {nullptr, normed, C, nullptr, {}, nullptr};
+    add_low_rank(normed, C, w, layer, of, &out);
+  }
+  linear_decode(w, in, out, N, stream_);
+}
+
+// stream += product, with the deltas of the rows that have some
+void Decoder::add_product(const uint16_t* in, int64_t stride, const Matrix& w, int layer,
+                          Delta LayerDeltas::* of) {
+  const int N = step_.shape().num_rows;
+  const int64_t C = stride_of(config_.n_embd);
+  auto* x = stream_rows_.at<float>();
+  LinearOutput out = {nullptr, x, nullptr, C, Activation::kNone};
+  const bool has_deltas = step_.shape().num_delta_rows > 0;
+  const bool has_bottleneck = has_deltas && has_delta(layer, of, true);
+  if (has_deltas) add_low_rank(in, stride, w, layer, of, &out);
+  auto* branch = branch_.at<float>();
+  if (has_bottleneck) {  // which reads the product before it is in the stream
+    out.stream = nullptr;
+    out.out = branch;
+  }
+  linear_decode(w, {nullptr, in, stride, nullptr, {}, nullptr}, out, N, stream_);
+  if (!has_bottleneck) return;
+  multiply_deltas(deltas(layer, of, true, w), step_.delta_rows(), branch, C, narrow_.at<float>(),
+                  addends_.at<float>(), stream_);
+  add_branch(branch, addends_.at<float>(), step_.addend_of(), w.n, x, C, N, stream_);
 }
 
 void Decoder::launch_blocks() {
@@ -176,14 +321,6 @@ void Decoder::launch_blocks() {
   auto* inner = inner_.at<uint16_t>();
   const StepRows rows = step_.rows();
 
-  const auto normed = [&](const float* weight, const float* bias) {
-    return LinearInput{x, nullptr, C, nullptr, norm(weight, bias), normed_.at<uint16_t>()};
-  };
-  const auto add_product = [&](const uint16_t* in, int64_t stride, const Matrix& w) {
-    linear_decode(w, {nullptr, in, stride, nullptr, {}, nullptr},
-                  {nullptr, x, nullptr, C, Activation::kNone}, N, stream_);
-  };
-
   embed(model_.embedding, model_.positions, round_up(config_.n_embd, kLanes), step_.tokens(),
         step_.positions(), x, C, N, stream_);
   const float* rotations = model_.frequencies ? rotations_.at<float>() : nullptr;
@@ -194,8 +331,8 @@ void Decoder::launch_blocks() {
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Layer& l = layers_[layer];
     const KvLayer pages = kv_layer(layer);
-    linear_decode(l.qkv, normed(l.norm_1_weight, l.norm_1_bias),
-                  {qkv, nullptr, nullptr, qkv_stride(), Activation::kNone}, N, stream_);
+    norm_and_multiply(l.norm_1_weight, l.norm_1_bias, l.qkv, layer, &LayerDeltas::qkv,
+                      {qkv, nullptr, nullptr, qkv_stride(), Activation::kNone});
     append_kv({qkv, qkv_stride(), l.q_norm, l.k_norm, config_.norm_eps, rotations,
                queries_.at<uint16_t>(), attended_stride()},
               heads(), rows, pages, stream_);
@@ -203,10 +340,10 @@ void Decoder::launch_blocks() {
                       step_.shape().num_tiles, step_.shape().max_keys, config_.sliding_window,
                       scratch_.at<float>()},
                      heads(), rows, pages, stream_);
-    add_product(attended, attended_stride(), l.attn_out);
-    linear_decode(l.mlp_in, normed(l.norm_2_weight, l.norm_2_bias),
-                  {nullptr, nullptr, inner, inner_stride, config_.activation}, N, stream_);
-    add_product(inner, inner_stride, l.mlp_out);
+    add_product(attended, attended_stride(), l.attn_out, layer, &LayerDeltas::attn_out);
+    norm_and_multiply(l.norm_2_weight, l.norm_2_bias, l.mlp_in, layer, &LayerDeltas::mlp_in,
+                      {nullptr, nullptr, inner, inner_stride, config_.activation});
+    add_product(inner, inner_stride, l.mlp_out, layer, &LayerDeltas::mlp_out);
   }
 }
 

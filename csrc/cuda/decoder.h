@@ -36,6 +36,10 @@ class Decoder {
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
+  // As those of cpu::Decoder, but for the adapter's matrices, which are copied.
+  int32_t add_adapter(const LayerDeltas* layers);
+  int64_t add_sequence(const float* keys, const float* values, int64_t prefix, int32_t adapter);
+
   KvBlocks& blocks() { return blocks_; }
   int num_graphs() const;  // that were captured, and are kept
 
@@ -48,6 +52,8 @@ class Decoder {
  private:
   void upload();
   void upload(Matrix* w);
+  void finish_upload();
+  void write_prefix(int64_t sequence, const float* keys, const float* values, int64_t length);
   template <class T>
   void upload(const T** data, int64_t count);
 
@@ -57,6 +63,15 @@ class Decoder {
            float* out);
   void reserve();
   void launch_blocks();
+  void norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
+                         Delta LayerDeltas::* of, LinearOutput out);
+  void add_product(const uint16_t* in, int64_t stride, const Matrix& w, int layer,
+                   Delta LayerDeltas::* of);
+  void add_low_rank(const uint16_t* in, int64_t stride, const Matrix& w, int layer,
+                    Delta LayerDeltas::* of, LinearOutput* out);
+  bool has_delta(int layer, Delta LayerDeltas::* of, bool is_bottleneck) const;
+  MatrixDeltas deltas(int layer, Delta LayerDeltas::* of, bool is_bottleneck,
+                      const Matrix& w) const;
   void launch_output(int first, int count);
   void copy_output(int first, int count, float* out);
   void launch_graph();
@@ -81,6 +96,10 @@ class Decoder {
   std::vector<DeviceBuffer> weights_;
   std::unordered_map<const void*, const void*> uploaded_;  // tied weights are there once
 
+  std::vector<LayerDeltas> adapters_;  // the layers of an adapter after those of the one before
+  DeviceBuffer device_adapters_;       // the same
+  int32_t most_ranks_ = 0;             // of any delta
+
   KvBlocks blocks_;
   const KvKind kv_kind_;
   const int64_t block_bytes_, layer_bytes_;
@@ -90,6 +109,7 @@ class Decoder {
   Step step_;
   DeviceBuffer stream_rows_, normed_, rotations_, qkv_, queries_, attended_, inner_, outputs_,
       scratch_;
+  DeviceBuffer narrow_, addends_, branch_;       // of rows with adapters
   std::map<StepShape, cudaGraphExec_t> graphs_;  // null: met once, and not captured yet
 };
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../adapter.h"
 #include "../draw.h"
 #include "../matrix.h"
 
@@ -39,13 +40,17 @@ struct LinearInput {
   uint16_t* normed;  // of the stream: scratch for (num_rows, stride) bfloat16
 };
 
-// Where the product goes: exactly one pointer is set.
+// Where the product goes: exactly one of the first pointers is set.
 struct LinearOutput {
   float* out;      // out = product + bias
   float* stream;   // stream += product + bias
   uint16_t* bf16;  // bf16 = activation(product + bias); kSwiglu: half as many outputs
   int64_t stride;
   Activation activation;
+  // What adapters add to product + bias of some rows, or null: row i gets row addend_of[i] of the
+  // float32 addends (.., round_up(outputs, 64)), none where that is negative.
+  const float* addends = nullptr;
+  const int32_t* addend_of = nullptr;
 };
 
 // The product of rows with the bf16, int8 or int4 weights of a packed matrix. The bits of a row
@@ -65,13 +70,52 @@ void embed(const Matrix& embedding, const float* learned, int64_t learned_stride
            const int32_t* tokens, const int32_t* positions, float* stream_out, int64_t stride,
            int num_rows, cudaStream_t stream);
 
-enum class KvKind : int32_t { kBf16 = 1, kInt8 = 2 };  // as cpu::KvKind
+// Rows of one adapter, of which a kernel reads the matrices once for all: rows[first ..
+// first + num_rows) of DeltaRows.
+struct DeltaTile {
+  int32_t adapter, first, num_rows;  // num_rows 0: none
+};
+constexpr int kDeltaTileRows = 4;  // at most
+
+// The rows of a step whose sequences have adapters.
+struct DeltaRows {
+  const int32_t* rows;  // of the step, the rows of an adapter one after the other
+  const DeltaTile* tiles;
+  int num_tiles;
+};
+
+// The deltas of one matrix, by adapter: that of adapter a is deltas[a * stride], in device memory
+// as what it points to.
+struct MatrixDeltas {
+  const Delta* deltas;
+  int64_t stride;
+  int32_t is_bottleneck;  // the others are left out
+  int outputs;            // of the matrix
+  int most_ranks;         // of any
+};
+
+// addends (.., round_up(outputs, 64)) = what the deltas add to products of these rows; addend i is
+// that of rows[i]. x is what the deltas read: float32 or bfloat16 rows of the step. Where an
+// adapter has no such delta there is -0, which is neutral. `narrow` is scratch for
+// (.., round_up(most_ranks, 64)) floats.
+void multiply_deltas(const MatrixDeltas& deltas, const DeltaRows& rows, const uint16_t* x,
+                     int64_t stride, float* narrow, float* addends, cudaStream_t stream);
+void multiply_deltas(const MatrixDeltas& deltas, const DeltaRows& rows, const float* x,
+                     int64_t stride, float* narrow, float* addends, cudaStream_t stream);
+
+// stream (num_rows, stride) += branch + its addends, see LinearOutput.
+void add_branch(const float* branch, const float* addends, const int32_t* addend_of, int outputs,
+                float* stream_out, int64_t stride, int num_rows, cudaStream_t stream);
+
+// bf16 and int8 as cpu::KvKind.
+enum class KvKind : int32_t { kBf16 = 1, kInt8 = 2, kFp16 = 3, kFp8 = 4 };
 
 // The pages of one layer. In a page (block_bytes) the heads of keys follow each other, and what one
-// of them holds is one piece of memory: 16 keys, their 16 values and, for int8, the float32 scales
-// of the keys and those of the values. Elements lie as mma.m16n8k16 takes them from a lane, so that
-// a lane's share of 16 dimensions is one load; see kv_layout.cuh. Dimensions are padded to a
-// multiple of 16 with zeros. What was never written must be readable: clear the memory once.
+// of them holds is one piece of memory: 16 keys, their 16 values and, for int8 and fp8 (e4m3), the
+// float32 scales of the keys and those of the values. Elements lie as mma.m16n8k16 takes them from
+// a lane, so that a lane's share of 16 dimensions is one load; see kv_layout.cuh. Dimensions are
+// padded to a multiple of 16 with zeros. What was never written must be readable: clear the memory
+// once.
 struct KvLayer {
   uint8_t* base;
   int64_t block_bytes;
@@ -80,9 +124,10 @@ struct KvLayer {
 int64_t kv_block_bytes(int n_kv_head, int head_dim, KvKind kind);
 
 // What a step's rows are, for attention: row i belongs to a sequence whose pages are
-// block_tables[table_of[i] * table_stride + ..], at position positions[i].
+// block_tables[table_of[i] * table_stride + ..], and stands there at place places[i]: its position,
+// behind the sequence's prefix.
 struct StepRows {
-  const int32_t* positions;
+  const int32_t* places;
   const int32_t* table_of;
   const int32_t* block_tables;
   int64_t table_stride;
@@ -100,6 +145,7 @@ void rotary_angles(const int32_t* positions, const float* frequencies, float mag
 
 // From float32 qkv rows: norms of heads (null: none), rotary (rotations null: none), queries
 // scaled by head_dim^-0.5 to bfloat16 (num_rows, query_stride), keys and values to their pages.
+// With pages of fp16 the queries are fp16 too.
 struct AppendArgs {
   const float* qkv;
   int64_t qkv_stride;
@@ -112,6 +158,15 @@ struct AppendArgs {
 void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& rows,
                const KvLayer& layer, cudaStream_t stream);
 
+// The first keys and values of a sequence, in every layer: those of a prefix, (n_layer, length,
+// n_kv_head, head_dim) float32, to its pages block_table[place / 16]. `layer` is the first one.
+struct Prefix {
+  const float *keys, *values;
+  int length, n_layer;
+};
+void write_prefix(const Prefix& prefix, const HeadShape& shape, const int32_t* block_table,
+                  const KvLayer& layer, int64_t layer_bytes, cudaStream_t stream);
+
 // In every layer: pages[to] = pages[from]; `copies` are (from, to) pairs. No `to` is in another
 // pair.
 void copy_pages(uint8_t* base, int64_t layer_bytes, int n_layer, int64_t block_bytes,
@@ -122,12 +177,12 @@ struct AttentionTile {
   int32_t first_row, num_rows;
 };
 struct AttentionArgs {
-  const uint16_t* queries;  // bfloat16 (num_rows, stride), scaled
-  uint16_t* out;            // bfloat16, likewise
+  const uint16_t* queries;  // of append_kv
+  uint16_t* out;            // bfloat16 (num_rows, stride)
   int64_t stride;           // a multiple of 4
   const AttentionTile* tiles;
   int num_tiles;
-  int max_keys;        // upper bound of positions + 1: the grid is sized for it
+  int max_keys;        // upper bound of places + 1: the grid is sized for it
   int sliding_window;  // 0: none
   float* scratch;      // attention_scratch_floats
 };

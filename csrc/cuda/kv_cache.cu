@@ -1,5 +1,7 @@
 // From the products of a layer's first matrix to what attention reads: queries, and keys and values
 // in their pages.
+#include <cuda_fp8.h>
+
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -39,8 +41,21 @@ __device__ void rotate(float* x, const float* rotations, int head_dim, int lane)
   __syncwarp();
 }
 
-// The integers of a row of 8 bits, as floats, and the scale that they are multiplied with: NaN
-// where an element is NaN or infinite, so that it is not lost.
+// The largest number of 8 bits.
+template <KvKind kKind>
+constexpr float kLargest = kKind == KvKind::kInt8 ? 127.0f : 448.0f;
+
+// The byte that a number of 8 bits is kept as (kv_layout.cuh).
+template <KvKind kKind>
+__device__ float encode(float x) {
+  return kKind == KvKind::kInt8
+             ? rintf(x) + 128.0f
+             : static_cast<float>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3));
+}
+
+// The bytes of a row of 8 bits, as floats, and the scale that their numbers are multiplied with:
+// NaN where an element is NaN or infinite, so that it is not lost.
+template <KvKind kKind>
 __device__ float quantize(float* x, int width, int lane) {
   float largest = 0, probe = 0;
   for (int d = lane; d < width; d += 32) {
@@ -50,28 +65,34 @@ __device__ float quantize(float* x, int width, int lane) {
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, distance));
   }
-  float scale = largest / 127.0f;
-  float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  float scale = largest / kLargest<kKind>;
+  float inverse = largest > 0 ? kLargest<kKind> / largest : 0.0f;
   if (inverse > 3e38f) {  // so small that it would be infinite
     inverse = 3e38f;
     scale = 1.0f / inverse;
   }
-  for (int d = lane; d < width; d += 32) x[d] = rintf(x[d] * inverse);
+  for (int d = lane; d < width; d += 32) x[d] = encode<kKind>(x[d] * inverse);
   __syncwarp();
   return scale + warp_sum(probe);
 }
 
-__device__ uint8_t to_byte(float integer) {
-  return static_cast<uint8_t>(static_cast<int>(integer) + 128);
-}
+__device__ uint8_t to_byte(float x) { return static_cast<uint8_t>(static_cast<int>(x)); }
 
-__device__ uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+template <KvKind kKind>
+__device__ uint16_t to_16_bits(float x) {
+  return kKind == KvKind::kFp16 ? __half_as_ushort(__float2half_rn(x))
+                                : __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+template <KvKind kKind>
+__device__ uint32_t pack(float low, float high) {
+  return kKind == KvKind::kFp16 ? pack_fp16(low, high) : pack_bf16(low, high);
+}
 
 template <KvKind kKind>
 __device__ void store_key(float* x, uint8_t* page, int slot, int num_steps, int lane) {
   const int width = num_steps * kStepDims;
-  if constexpr (kKind == KvKind::kInt8) {
-    const float scale = quantize(x, width, lane);
+  if constexpr (kHasKvScales<kKind>) {
+    const float scale = quantize<kKind>(x, width, lane);
     for (int d = lane * 4; d < width; d += 128) {
       *reinterpret_cast<uchar4*>(page + key_element(slot, d)) = {
           to_byte(x[d]), to_byte(x[d + 1]), to_byte(x[d + 2]), to_byte(x[d + 3])};
@@ -80,8 +101,8 @@ __device__ void store_key(float* x, uint8_t* page, int slot, int num_steps, int 
     if (lane == 0) scales[slot] = scale;
   } else {
     for (int d = lane * 4; d < width; d += 128) {
-      *reinterpret_cast<uint2*>(page + key_element(slot, d) * 2) = {pack_bf16(x[d], x[d + 1]),
-                                                                    pack_bf16(x[d + 2], x[d + 3])};
+      *reinterpret_cast<uint2*>(page + key_element(slot, d) * 2) = {
+          pack<kKind>(x[d], x[d + 1]), pack<kKind>(x[d + 2], x[d + 3])};
     }
   }
 }
@@ -90,14 +111,15 @@ template <KvKind kKind>
 __device__ void store_value(float* x, uint8_t* page, int slot, int num_steps, int lane) {
   const int width = num_steps * kStepDims;
   uint8_t* values = page + kv_elements_bytes<kKind>(num_steps);
-  if constexpr (kKind == KvKind::kInt8) {
-    const float scale = quantize(x, width, lane);
+  if constexpr (kHasKvScales<kKind>) {
+    const float scale = quantize<kKind>(x, width, lane);
     for (int d = lane; d < width; d += 32) values[value_element(slot, d)] = to_byte(x[d]);
     auto* scales = reinterpret_cast<float*>(values + kv_elements_bytes<kKind>(num_steps));
     if (lane == 0) scales[kPageSize + slot] = scale;
   } else {
     auto* elements = reinterpret_cast<uint16_t*>(values);
-    for (int d = lane; d < width; d += 32) elements[value_element(slot, d)] = bf16_bits(x[d]);
+    for (int d = lane; d < width; d += 32)
+      elements[value_element(slot, d)] = to_16_bits<kKind>(x[d]);
   }
 }
 
@@ -127,11 +149,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (is_query) {
     uint16_t* query = args.queries + row * args.query_stride + head * D;
-    for (int d = lane; d < D; d += 32) query[d] = bf16_bits(x[d] * softmax_scale);
+    for (int d = lane; d < D; d += 32) query[d] = to_16_bits<kKind>(x[d] * softmax_scale);
     return;
   }
-  const int position = rows.positions[row], slot = position % kPageSize;
-  const int page = rows.block_tables[rows.table_of[row] * rows.table_stride + position / kPageSize];
+  const int place = rows.places[row], slot = place % kPageSize;
+  const int page = rows.block_tables[rows.table_of[row] * rows.table_stride + place / kPageSize];
   const int kv_head = (head - shape.n_head) % shape.n_kv_head;
   uint8_t* of_head =
       layer.base + page * layer.block_bytes + kv_head * int64_t{kv_head_bytes<kKind>(num_steps)};
@@ -156,6 +178,35 @@ __global__ void __launch_bounds__(kThreads)
   rotations[row * 2 * half + half + i] = static_cast<float>(sine) * magnitude;
 }
 
+// A warp takes the keys of a head, or its values, at a place of the prefix, in layer y.
+template <KvKind kKind>
+__global__ void __launch_bounds__(kThreads)
+    prefix_kernel(Prefix prefix, HeadShape shape, const int32_t* __restrict__ block_table,
+                  KvLayer layer, int64_t layer_bytes) {
+  __shared__ __align__(16) float elements[kWarps][kMaxHeadDim];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int D = shape.head_dim, num_steps = num_steps_of(D);
+  const int item = static_cast<int>(blockIdx.x) * kWarps + warp;
+  const int place = item / (2 * shape.n_kv_head), part = item % (2 * shape.n_kv_head);
+  if (place >= prefix.length) return;
+  const int head = part / 2;
+  const bool is_value = part % 2 == 1;
+  const int64_t source =
+      ((int64_t{blockIdx.y} * prefix.length + place) * shape.n_kv_head + head) * D;
+  const float* from = (is_value ? prefix.values : prefix.keys) + source;
+  float* x = elements[warp];
+  for (int d = lane; d < num_steps * kStepDims; d += 32) x[d] = d < D ? from[d] : 0.0f;
+  __syncwarp();
+  uint8_t* of_head = layer.base + blockIdx.y * layer_bytes +
+                     block_table[place / kPageSize] * layer.block_bytes +
+                     head * int64_t{kv_head_bytes<kKind>(num_steps)};
+  if (is_value) {
+    store_value<kKind>(x, of_head, place % kPageSize, num_steps, lane);
+  } else {
+    store_key<kKind>(x, of_head, place % kPageSize, num_steps, lane);
+  }
+}
+
 // Block x copies a pair of pages in layer y.
 __global__ void __launch_bounds__(kThreads)
     copy_kernel(uint8_t* base, int64_t layer_bytes, int64_t block_bytes,
@@ -174,8 +225,8 @@ unsigned blocks_for(int64_t items, int of_block) {
 
 int64_t kv_block_bytes(int n_kv_head, int head_dim, KvKind kind) {
   const int num_steps = num_steps_of(head_dim);
-  const int head_bytes = kind == KvKind::kInt8 ? kv_head_bytes<KvKind::kInt8>(num_steps)
-                                               : kv_head_bytes<KvKind::kBf16>(num_steps);
+  const int head_bytes =
+      with_kind(kind, "kv_block_bytes", [&](auto k) { return kv_head_bytes<k()>(num_steps); });
   return int64_t{n_kv_head} * head_bytes;
 }
 
@@ -202,11 +253,24 @@ void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& r
   if (rows.num_rows == 0) return;
   const int64_t warps = int64_t{rows.num_rows} * (shape.n_head + 2 * shape.n_kv_head);
   const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-  const auto kernel =
-      layer.kind == KvKind::kInt8 ? append_kernel<KvKind::kInt8> : append_kernel<KvKind::kBf16>;
-  kernel<<<blocks_for(warps, kWarps), kThreads, 0, stream>>>(args, shape, rows, layer,
-                                                             softmax_scale);
+  with_kind(layer.kind, "append_kv", [&](auto kind) {
+    append_kernel<kind()><<<blocks_for(warps, kWarps), kThreads, 0, stream>>>(args, shape, rows,
+                                                                              layer, softmax_scale);
+  });
   check_launch("append_kv");
+}
+
+void write_prefix(const Prefix& prefix, const HeadShape& shape, const int32_t* block_table,
+                  const KvLayer& layer, int64_t layer_bytes, cudaStream_t stream) {
+  check_heads(shape, "write_prefix");
+  if (prefix.length == 0) return;
+  const int64_t warps = int64_t{prefix.length} * 2 * shape.n_kv_head;
+  const dim3 grid(blocks_for(warps, kWarps), prefix.n_layer);
+  with_kind(layer.kind, "write_prefix", [&](auto kind) {
+    prefix_kernel<kind()>
+        <<<grid, kThreads, 0, stream>>>(prefix, shape, block_table, layer, layer_bytes);
+  });
+  check_launch("write_prefix");
 }
 
 void copy_pages(uint8_t* base, int64_t layer_bytes, int n_layer, int64_t block_bytes,

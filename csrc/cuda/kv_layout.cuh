@@ -7,12 +7,13 @@
 // 16 that are summed is free: a lane has 4 neighbours of each key, in queries as in keys.
 //
 // int8: a byte is the integer plus 128, which is multiplied with the float32 scale of its key or
-// value.
+// value. fp8: a byte is a float of 4 bits of exponent and 3 of mantissa (e4m3), with such a scale.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -22,10 +23,13 @@ constexpr int kStepDims = 16;
 constexpr int kLaneElements = 8;  // of a lane and a step
 constexpr int kStepElements = 32 * kLaneElements;
 
+// Elements of 8 bits have scales.
 template <KvKind kKind>
-constexpr int kKvElementBytes = kKind == KvKind::kInt8 ? 1 : 2;
+constexpr bool kHasKvScales = kKind == KvKind::kInt8 || kKind == KvKind::kFp8;
 template <KvKind kKind>
-constexpr int kKvScaleBytes = kKind == KvKind::kInt8 ? kPageSize * 4 : 0;
+constexpr int kKvElementBytes = kHasKvScales<kKind> ? 1 : 2;
+template <KvKind kKind>
+constexpr int kKvScaleBytes = kHasKvScales<kKind> ? kPageSize * 4 : 0;
 
 // Of the keys of a head in a page, or of the values.
 template <KvKind kKind>
@@ -55,6 +59,25 @@ __device__ constexpr int value_element(int slot, int dim) {
   const int lane = dim % 8 * 4 + slot % 8 / 2;
   return dim / kStepDims * kStepElements + lane * kLaneElements + dim % kStepDims / 8 * 4 +
          slot / 8 * 2 + slot % 2;
+}
+
+// f(std::integral_constant of the kind). Throws std::invalid_argument for one that the kernels do
+// not know.
+template <class F>
+auto with_kind(KvKind kind, const char* kernel, const F& f) {
+  switch (kind) {
+    case KvKind::kBf16:
+      return f(std::integral_constant<KvKind, KvKind::kBf16>());
+    case KvKind::kFp16:
+      return f(std::integral_constant<KvKind, KvKind::kFp16>());
+    case KvKind::kInt8:
+      return f(std::integral_constant<KvKind, KvKind::kInt8>());
+    case KvKind::kFp8:
+      return f(std::integral_constant<KvKind, KvKind::kFp8>());
+  }
+  throw std::invalid_argument(std::string(kernel) +
+                              ": the cache must be bf16, fp16, int8 or fp8, got kind " +
+                              std::to_string(static_cast<int>(kind)));
 }
 
 // Throws std::invalid_argument for heads that the kernels cannot take.

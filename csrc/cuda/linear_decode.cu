@@ -41,6 +41,7 @@ struct Arguments {
   LinearOutput out;
   int num_rows;
   int part_blocks;  // blocks of 32 inputs of a part
+  int64_t addend_stride;
 };
 
 // sums += rows times weights, for a block of inputs and 8 rows; a thread gives 8 inputs of one row.
@@ -135,6 +136,15 @@ __device__ __forceinline__ void finish(const Arguments& args, int row, int colum
   for (int i = 0; i < 8; ++i) {
     x[i] = fmaf(x[i], w.output_scales && is_in_panel ? scales[i] : 1.0f,
                 w.bias && is_in_panel ? bias[i] : 0.0f);
+  }
+  if (out.addends && is_in_panel && row < args.num_rows) {
+    const int64_t addend = out.addend_of[row];
+    if (addend >= 0) {
+      float more[8];
+      load_8(out.addends + addend * args.addend_stride + column, more);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] += more[i];
+    }
   }
   int count = w.n - column;
   if (out.activation == Activation::kSwiglu) {  // lanes 2 and 3 of 4 have the outputs of up
@@ -458,6 +468,7 @@ void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput&
   if ((out.out != nullptr) + (out.stream != nullptr) + (out.bf16 != nullptr) != 1) {
     fail("the output must be one of float32 rows, the stream and bfloat16 rows");
   }
+  if (out.addends && out.addend_of == nullptr) fail("addends need addend_of");
   if (out.activation != Activation::kNone && out.bf16 == nullptr) {
     fail("what an activation gives is bfloat16");
   }
@@ -477,6 +488,7 @@ void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& o
   check_arguments(w, in, out);
   Arguments args = {as_weights(w, "linear_decode"), in, out, num_rows};
   args.part_blocks = ceil_div(args.w.blocks, kParts);
+  args.addend_stride = round_up(w.n, kPanelWidth);
   switch (w.kind) {
     case WeightKind::kBf16:
       return launch<WeightKind::kBf16>(args, stream);

@@ -74,7 +74,7 @@ void Step::set_shape(const Batch& batch, const std::vector<Row>& rows, Output ou
                      bool may_pad) {
   const int num_rows = static_cast<int>(rows.size());
   std::unordered_map<const Sequence*, int32_t> table_of;
-  int64_t max_keys = 0;
+  int64_t max_keys = 0, longest_prefix = 0;
   table_of_.clear();
   tables_.clear();
   all_tiles_.clear();
@@ -88,7 +88,8 @@ void Step::set_shape(const Batch& batch, const std::vector<Row>& rows, Output ou
     } else {
       all_tiles_.push_back({i, 1});
     }
-    max_keys = std::max(max_keys, rows[i].position + 1);
+    max_keys = std::max(max_keys, rows[i].place + 1);
+    longest_prefix = std::max(longest_prefix, sequence->prefix);
   }
   const int num_outputs = static_cast<int>(batch.num_outputs);
   const int num_tables = static_cast<int>(tables_.size());
@@ -97,15 +98,33 @@ void Step::set_shape(const Batch& batch, const std::vector<Row>& rows, Output ou
             static_cast<int>(all_tiles_.size()),
             num_tables,
             static_cast<int>(max_keys),
+            0,
+            0,
             output,
             false};
+  gather_adapters(rows);
   const bool has_own_sequences = num_tables == num_rows;
   if (may_pad && has_own_sequences && num_rows <= kMaxPaddedRows && num_outputs > 0 &&
       num_outputs <= num_rows) {
     const int padded = power_of_two(num_rows);
-    const int keys = std::min(power_of_two(std::max<int64_t>(max_keys, kSplitKeys)),
-                              static_cast<int>(round_up(config_.max_seq_len, kPageSize)));
-    shape_ = {padded, padded, padded, padded, keys, output, true};
+    const int keys =
+        std::min(power_of_two(std::max<int64_t>(max_keys, kSplitKeys)),
+                 static_cast<int>(round_up(config_.max_seq_len + longest_prefix, kPageSize)));
+    const int num_adapted = shape_.num_delta_rows ? padded : 0;
+    shape_ = {padded, padded, padded, padded, keys, num_adapted, num_adapted, output, true};
+  }
+}
+
+void Step::gather_adapters(const std::vector<Row>& rows) {
+  adapted_.clear();
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int32_t adapter = rows[i].sequence->adapter;
+    if (adapter >= 0) adapted_[adapter].push_back(static_cast<int32_t>(i));
+  }
+  for (const auto& [adapter, of_adapter] : adapted_) {
+    const int count = static_cast<int>(of_adapter.size());
+    shape_.num_delta_rows += count;
+    shape_.num_delta_tiles += (count + kDeltaTileRows - 1) / kDeltaTileRows;
   }
 }
 
@@ -120,10 +139,14 @@ bool Step::place(const Batch& batch, const DrawSettings* settings) {
   Layout inputs;
   tokens_ = inputs.add<int32_t>(shape_.num_rows);
   positions_ = inputs.add<int32_t>(shape_.num_rows);
+  places_ = inputs.add<int32_t>(shape_.num_rows);
   table_of_at_ = inputs.add<int32_t>(shape_.num_rows);
   block_tables_ = inputs.add<int32_t>(shape_.num_tables * table_stride_);
   output_rows_ = inputs.add<int32_t>(shape_.num_outputs);
   tiles_ = inputs.add<AttentionTile>(shape_.num_tiles);
+  delta_rows_ = inputs.add<int32_t>(shape_.num_delta_rows);
+  delta_tiles_ = inputs.add<DeltaTile>(shape_.num_delta_tiles);
+  addend_of_ = inputs.add<int32_t>(shape_.num_delta_rows ? shape_.num_rows : 0);
   targets_ = inputs.add<int64_t>(shape_.output == Output::kLogprobs ? shape_.num_outputs : 0);
   settings_ = inputs.add<DrawSettings>(settings ? shape_.num_outputs : 0);
   // last, since their number is no part of the shape
@@ -150,6 +173,7 @@ bool Step::place(const Batch& batch, const DrawSettings* settings) {
 void Step::write_rows(const Batch& batch, const std::vector<Row>& rows) {
   auto* tokens = host_inputs_.at<int32_t>(tokens_);
   auto* positions = host_inputs_.at<int32_t>(positions_);
+  auto* places = host_inputs_.at<int32_t>(places_);
   auto* table_of = host_inputs_.at<int32_t>(table_of_at_);
   auto* block_tables = host_inputs_.at<int32_t>(block_tables_);
   auto* output_rows = host_inputs_.at<int32_t>(output_rows_);
@@ -158,6 +182,7 @@ void Step::write_rows(const Batch& batch, const std::vector<Row>& rows) {
   for (int i = 0; i < num_rows; ++i) {
     tokens[i] = static_cast<int32_t>(batch.tokens[i]);
     positions[i] = static_cast<int32_t>(rows[i].position);
+    places[i] = static_cast<int32_t>(rows[i].place);
     table_of[i] = table_of_[i];
   }
   for (size_t i = 0; i < tables_.size(); ++i) {
@@ -172,12 +197,34 @@ void Step::write_rows(const Batch& batch, const std::vector<Row>& rows) {
     // the tokens of a spare page are all written by this step before one is read
     const int spare = i - num_rows;
     tokens[i] = 0;
-    positions[i] = spare % spare_tokens_;
+    positions[i] = places[i] = spare % spare_tokens_;
     table_of[i] = i;
     block_tables[i * table_stride_] = first_spare_page_ + spare / spare_tokens_;
     tiles[i] = {i, 1};
   }
   std::fill(output_rows + batch.num_outputs, output_rows + shape_.num_outputs, 0);
+  if (shape_.num_delta_rows) write_adapters();
+}
+
+void Step::write_adapters() {
+  auto* rows = host_inputs_.at<int32_t>(delta_rows_);
+  auto* tiles = host_inputs_.at<DeltaTile>(delta_tiles_);
+  auto* addend_of = host_inputs_.at<int32_t>(addend_of_);
+  std::fill_n(addend_of, shape_.num_rows, -1);
+  std::fill_n(tiles, shape_.num_delta_tiles, DeltaTile{});
+  int32_t first = 0;
+  for (const auto& [adapter, of_adapter] : adapted_) {
+    const int32_t end = first + static_cast<int32_t>(of_adapter.size());
+    for (int32_t i = first; i < end; ++i) {
+      rows[i] = of_adapter[i - first];
+      addend_of[rows[i]] = i;
+    }
+    for (; first < end; first += kDeltaTileRows) {
+      *tiles++ = {adapter, first, std::min(kDeltaTileRows, end - first)};
+    }
+    first = end;
+  }
+  std::fill(rows + first, rows + shape_.num_delta_rows, 0);
 }
 
 void Step::write_settings(const DrawSettings* settings, int64_t count) {
@@ -216,8 +263,13 @@ void Step::send(cudaStream_t stream) {
 }
 
 StepRows Step::rows() const {
-  return {positions(), inputs_.at<int32_t>(table_of_at_), inputs_.at<int32_t>(block_tables_),
-          table_stride_, shape_.num_rows};
+  return {inputs_.at<int32_t>(places_), inputs_.at<int32_t>(table_of_at_),
+          inputs_.at<int32_t>(block_tables_), table_stride_, shape_.num_rows};
+}
+
+DeltaRows Step::delta_rows() const {
+  return {inputs_.at<int32_t>(delta_rows_), inputs_.at<DeltaTile>(delta_tiles_),
+          shape_.num_delta_tiles};
 }
 
 void Step::receive(cudaStream_t stream) {

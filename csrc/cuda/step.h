@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +22,8 @@ enum class Output { kHidden, kLogits, kLogprobs, kSample };
 struct StepShape {
   int num_rows, num_outputs, num_tiles, num_tables;
   int max_keys;  // of any row
+  // Rows of sequences with adapters, and tiles of them; 0: there are none.
+  int num_delta_rows, num_delta_tiles;
   Output output;
   // Rows, outputs and keys are raised to powers of two, so that few shapes, and a graph of each,
   // serve all steps that append one token to each sequence.
@@ -29,7 +32,9 @@ struct StepShape {
   bool operator<(const StepShape& other) const { return key() < other.key(); }
 
  private:
-  std::tuple<int, int, Output> key() const { return {num_rows, max_keys, output}; }
+  std::tuple<int, int, int, Output> key() const {
+    return {num_rows, max_keys, num_delta_tiles, output};
+  }
 };
 
 constexpr int kMaxPaddedRows = 256;
@@ -50,6 +55,7 @@ class Step {
 
   const StepShape& shape() const { return shape_; }
   StepRows rows() const;
+  DeltaRows delta_rows() const;
   // Device memory.
   const int32_t* tokens() const { return inputs_.at<int32_t>(tokens_); }
   const int32_t* positions() const { return inputs_.at<int32_t>(positions_); }
@@ -57,6 +63,7 @@ class Step {
   const AttentionTile* tiles() const { return inputs_.at<AttentionTile>(tiles_); }
   const int32_t* copies() const { return inputs_.at<int32_t>(copies_); }
   int num_copies() const { return num_copies_; }
+  const int32_t* addend_of() const { return inputs_.at<int32_t>(addend_of_); }
   const int64_t* targets() const { return inputs_.at<int64_t>(targets_); }
   const DrawSettings* settings() const { return inputs_.at<DrawSettings>(settings_); }
   float* logprobs() const { return results_.at<float>(); }
@@ -69,8 +76,10 @@ class Step {
 
  private:
   void set_shape(const Batch& batch, const std::vector<Row>& rows, Output output, bool may_pad);
+  void gather_adapters(const std::vector<Row>& rows);
   bool place(const Batch& batch, const DrawSettings* settings);
   void write_rows(const Batch& batch, const std::vector<Row>& rows);
+  void write_adapters();
   void write_settings(const DrawSettings* settings, int64_t count);
 
   const ModelConfig config_;
@@ -80,13 +89,14 @@ class Step {
   std::vector<int32_t> table_of_;
   std::vector<const Sequence*> tables_;
   std::vector<AttentionTile> all_tiles_;
+  std::map<int32_t, std::vector<int32_t>> adapted_;  // rows by adapter
   int num_copies_;
 
   PinnedBuffer host_inputs_, host_results_;
   DeviceBuffer inputs_, results_;
   // where things lie in them, in bytes
-  int64_t tokens_, positions_, table_of_at_, block_tables_, output_rows_, tiles_, targets_,
-      settings_, copies_, context_, input_bytes_;
+  int64_t tokens_, positions_, places_, table_of_at_, block_tables_, output_rows_, tiles_,
+      delta_rows_, delta_tiles_, addend_of_, targets_, settings_, copies_, context_, input_bytes_;
   int64_t table_stride_;
   int64_t top_tokens_, top_logprobs_, result_bytes_;
 };

@@ -18,7 +18,7 @@
 #include <string>
 
 #include "../matrix.h"
-#include "int8.cuh"
+#include "bytes.cuh"
 #include "ptx.cuh"
 
 namespace leangpt::cuda {

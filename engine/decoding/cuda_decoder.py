@@ -12,15 +12,11 @@ from typing import ClassVar
 from leangpt.kernels import decode
 
 from ..config import GPTConfig
-from .adapter import Adapter, Prefix
 from .native_decoder import NativeDecoder
 from .packed import PackedModel
 from .weight_format import WeightFormat
 
 _MAX_HEAD_DIM = 256
-_NOT_HERE = (
-    "do not run on the CUDA decode engine: merge them, or use device='cpu' or a TorchDecoder"
-)
 _CACHE_SHARE = 0.8  # of the memory that the weights leave free
 
 
@@ -43,7 +39,8 @@ class CudaDecoder(NativeDecoder):
         packed: the model, in bf16, int8 or int4.
         num_blocks: pages of 16 tokens in the cache, whose memory is taken at once; None: for 64 full sequences, or what fits
             most of the GPU's free memory.
-        kv_dtype: "bfloat16", or "int8" with a scale for each key and value of a head; None: int8 for integer weights.
+        kv_dtype: "bfloat16", "float16" (with queries of float16), or "int8" or "float8_e4m3" with a scale for each key and value of
+            a head; None: int8 for integer weights, else bfloat16.
         device: number of the GPU.
 
     Raises:
@@ -51,6 +48,7 @@ class CudaDecoder(NativeDecoder):
         RuntimeError: the engine was not built, there is no GPU that it runs on, or too little memory.
     """
 
+    _kv_dtypes: ClassVar = ("bfloat16", "float16", "int8", "float8_e4m3")
     _default_kv_dtypes: ClassVar = MappingProxyType(
         {"fp32": "bfloat16", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}
     )
@@ -70,14 +68,6 @@ class CudaDecoder(NativeDecoder):
     def num_graphs(self) -> int:
         """CUDA graphs that were captured so far."""
         return self._lib.leangpt_num_graphs(self._handle)
-
-    def add_adapter(self, adapter: Adapter) -> int:
-        raise ValueError(f"adapters {_NOT_HERE}")
-
-    def add_sequence(self, prefix: Prefix | None = None, adapter: int | None = None) -> int:
-        if prefix is not None or adapter is not None:
-            raise ValueError(f"prefixes and adapters {_NOT_HERE}")
-        return super().add_sequence()
 
     def _load(self) -> CDLL:
         lib = decode.cuda_library()

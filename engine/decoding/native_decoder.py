@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_DIM = 512
 _MAX_INPUTS = 65536  # of a matrix: sums of more 8-bit products might not fit an int32
-_KV_DTYPES = ("float32", "bfloat16", "int8")  # as KvKind numbers them
+# as KvKind numbers them
+_KV_KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 3, "float8_e4m3": 4}
 _KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _DEFAULT_SEQUENCES = 64  # full ones that the cache has room for, memory permitting
 
@@ -60,6 +61,7 @@ class NativeDecoder:
             int8 for int4 ones.
     """
 
+    _kv_dtypes: ClassVar = ("float32", "bfloat16", "int8")
     # of the cache, by the kind of the weights
     _default_kv_dtypes: ClassVar = MappingProxyType(
         {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}
@@ -74,10 +76,10 @@ class NativeDecoder:
         self._handle: c_void_p | None = None
         self._adapters: list[PackedAdapter] = []  # by number
         self.kv_dtype = kv_dtype or self._default_kv_dtypes[packed.format.kind]
-        known = [name for name in _KV_DTYPES if name in self._default_kv_dtypes.values()]
-        if self.kv_dtype not in known:
-            raise ValueError(f"kv_dtype must be one of {', '.join(known)}, got {kv_dtype!r}")
-        kv_kind = _KV_DTYPES.index(self.kv_dtype)
+        if self.kv_dtype not in self._kv_dtypes:
+            known = ", ".join(self._kv_dtypes)
+            raise ValueError(f"kv_dtype must be one of {known}, got {kv_dtype!r}")
+        kv_kind = _KV_KINDS[self.kv_dtype]
         if num_blocks is None:
             num_blocks = self._default_blocks(kv_kind)
         if not 1 <= num_blocks < 2**31:

@@ -23,6 +23,13 @@ const char* call_append_kv(const AppendArgs* args, const HeadShape* shape, const
   return message_of([&] { append_kv(*args, *shape, *rows, *layer, nullptr); });
 }
 
+const char* call_write_prefix(const Prefix* prefix, const HeadShape* shape,
+                              const int32_t* block_table, const KvLayer* layer,
+                              int64_t layer_bytes) {
+  return message_of(
+      [&] { write_prefix(*prefix, *shape, block_table, *layer, layer_bytes, nullptr); });
+}
+
 const char* call_copy_pages(uint8_t* base, int64_t layer_bytes, int n_layer, int64_t block_bytes,
                             const int32_t* copies, int num_copies) {
   return message_of(

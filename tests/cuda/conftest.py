@@ -1,4 +1,6 @@
-"""Tests of the CUDA kernels and of the decode engine on them: what nvcc compiled runs in the emulator, its launch code included."""
+"""Tests of the CUDA kernels and of the decode engine on them: what nvcc compiled runs on the GPU where there is one (the launchers,
+cuda_device.py, and the engine), and in the emulator, launch code included.
+"""
 
 import gc
 import warnings
@@ -6,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import cuda_device
 import pytest
 from emulator import cuda as emulated_cuda
 
@@ -44,6 +47,7 @@ def cuda(_nvcc: None) -> Iterator[ModuleType]:
     """
     emulated_cuda.reset()
     yield emulated_cuda
+    cuda_device.release()
     fault, leaks = emulated_cuda.untold_fault(), []
     if not emulated_cuda.fault() and emulated_cuda.leaks():
         gc.collect()  # what the test made may still be in a cycle

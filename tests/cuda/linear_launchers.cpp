@@ -12,6 +12,25 @@ const char* call_linear_decode(const Matrix* w, const LinearInput* in, const Lin
   return message_of([&] { linear_decode(*w, *in, *out, num_rows, nullptr); });
 }
 
+const char* call_multiply_deltas(const MatrixDeltas* deltas, const DeltaRows* rows, const void* x,
+                                 int is_bf16, int64_t stride, float* narrow, float* addends) {
+  return message_of([&] {
+    if (is_bf16) {
+      multiply_deltas(*deltas, *rows, static_cast<const uint16_t*>(x), stride, narrow, addends,
+                      nullptr);
+    } else {
+      multiply_deltas(*deltas, *rows, static_cast<const float*>(x), stride, narrow, addends,
+                      nullptr);
+    }
+  });
+}
+
+const char* call_add_branch(const float* branch, const float* addends, const int32_t* addend_of,
+                            int outputs, float* stream, int64_t stride, int num_rows) {
+  return message_of(
+      [&] { add_branch(branch, addends, addend_of, outputs, stream, stride, num_rows, nullptr); });
+}
+
 const char* call_normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm* norm,
                            int width, void* out, int is_bf16, int64_t out_stride, int num_rows) {
   return message_of([&] {

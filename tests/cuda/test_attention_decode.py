@@ -9,6 +9,7 @@ from leangpt.kernels import reference
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
+KINDS = ("bf16", "fp16", "int8", "fp8")
 # one key, a page, a split of 256 keys, and one more or less
 LENGTHS = [1, 15, 16, 17, 255, 256, 257, 530]
 
@@ -41,7 +42,7 @@ def check(cache, queries, rows, window=0, max_keys=None):
 
 
 @pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
 def test_ragged_decode(head_dim, group, kind):
@@ -50,7 +51,7 @@ def test_ragged_decode(head_dim, group, kind):
     check(cache, queries, [(s, length - 1) for s, length in enumerate(LENGTHS)])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [8, 16, 19, 22, 96, 136, 256])
 def test_other_head_dims(head_dim, kind):
     cache, queries = filled_cache(HeadShape(2, 2, head_dim), kind, [300, 40])
@@ -64,7 +65,7 @@ def test_groups_that_fill_no_tile(n_head, n_kv_head):
 
 
 @pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 250, 256, 300])
 def test_sliding_window(window, kind):
     cache, queries = filled_cache(HeadShape(2, 1, 32), kind, [530, 30])
@@ -73,7 +74,7 @@ def test_sliding_window(window, kind):
 
 
 @pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_head", "n_kv_head"), [(2, 2), (4, 1), (6, 2)])
 def test_chunks(n_head, n_kv_head, kind):
     """Pieces of prompts and single tokens in one batch, across the ends of pages, tiles and splits."""
@@ -82,7 +83,7 @@ def test_chunks(n_head, n_kv_head, kind):
     check(cache, queries, rows)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize(("n_head", "n_kv_head"), [(2, 2), (8, 1)])
 def test_a_query_has_the_same_bits_alone_and_in_a_chunk(n_head, n_kv_head, window, kind):
@@ -101,7 +102,7 @@ def test_a_query_has_the_same_bits_alone_and_in_a_chunk(n_head, n_kv_head, windo
 
 
 @pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_blocks_that_take_all_splits_have_the_same_bits(kind):
     """As they do where the results of splits would need too much memory."""
     cache, queries = filled_cache(HeadShape(4, 2, 48), kind, [700, 60])

@@ -21,6 +21,8 @@ from leangpt.kernels import decode, decode_ops, native
 CSRC = Path(__file__).parents[2] / "csrc"
 OPS = ("linear_decode", "append_kv", "attention_decode", "sample_decode", "log_probs")
 PAGE = 16
+OTHER_CACHES = ("float16", "int8", "float8_e4m3")
+LARGEST = {"int8": 127, "float8_e4m3": 448}  # number of 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +112,29 @@ class TestAttention:
     def qkv(self, rows: int) -> Tensor:
         return torch.randn(rows, (self.H + 2 * self.H_kv) * self.D)
 
-    def cache(self, num_pages: int, is_int8: bool = False) -> Tensor:
-        padded = -(-self.D // 16) * 16
-        of_a_head = PAGE * padded * 2 * (1 if is_int8 else 2) + (2 * PAGE * 4 if is_int8 else 0)
+    def cache(self, num_pages: int, kv_dtype: str = "bfloat16") -> Tensor:
+        padded, has_scales = -(-self.D // 16) * 16, kv_dtype in ("int8", "float8_e4m3")
+        of_a_head = PAGE * padded * 2 * (1 if has_scales else 2) + 2 * PAGE * 4 * has_scales
         return torch.zeros(num_pages, self.H_kv * of_a_head, dtype=torch.uint8)
 
-    @pytest.mark.parametrize("window", [None, 7])
-    def test_a_sequence_in_pieces(self, window):
+    @pytest.mark.parametrize(
+        ("window", "kv_dtype"),
+        [(None, "bfloat16"), (7, "bfloat16"), *((None, kv) for kv in OTHER_CACHES)],
+    )
+    def test_a_sequence_in_pieces(self, window, kv_dtype):
         T = 37
         qkv = self.qkv(T)
-        kv_cache = self.cache(5)
+        kv_cache = self.cache(5, kv_dtype)
         table = torch.tensor([[4, 0, 2]], dtype=torch.int32)
         outputs = []
         for start, end in ((0, 1), (1, 20), (20, 37)):
             positions = torch.arange(start, end, dtype=torch.int32)
             tables = table.expand(len(positions), -1).contiguous()
+            new = qkv[start:end].clone()
             q = decode_ops.append_kv(
-                qkv[start:end].clone(), kv_cache, positions, tables, self.H, self.H_kv
+                new, kv_cache, positions, tables, self.H, self.H_kv, kv_dtype=kv_dtype
             )
-            options = {"sliding_window": window}
+            options = {"sliding_window": window, "kv_dtype": kv_dtype}
             outputs.append(
                 decode_ops.attention_decode(
                     q, kv_cache, positions, tables, self.H_kv, end, **options
@@ -136,7 +142,19 @@ class TestAttention:
             )
         out = torch.cat(outputs)
         truth = self.reference(qkv.double(), window)
-        assert_as_accurate(out, truth, self.reference(qkv.bfloat16(), window))
+        cached = self.as_cached(qkv, kv_dtype)
+        assert_as_accurate(out, truth, self.reference(cached.bfloat16(), window))
+
+    def as_cached(self, qkv: Tensor, kv_dtype: str) -> Tensor:
+        """Keys and values as the cache holds them."""
+        if kv_dtype not in LARGEST:
+            return qkv
+        heads = qkv.unflatten(1, (-1, self.D))
+        scale = heads.abs().amax(-1, keepdim=True) / LARGEST[kv_dtype]
+        numbers = heads / scale
+        rounded = numbers.round() if kv_dtype == "int8" else numbers.to(torch.float8_e4m3fn).float()
+        is_query = (torch.arange(heads.shape[1]) < self.H)[:, None]
+        return torch.where(is_query, heads, rounded * scale).flatten(1)
 
     def reference(self, qkv: Tensor, window: int | None) -> Tensor:
         heads = qkv.unflatten(1, (-1, self.D)).transpose(0, 1)
@@ -155,7 +173,9 @@ class TestAttention:
             ({"positions": torch.int64}, "positions must be contiguous Int"),
             ({"max_keys": 33}, r"max_keys must be in \[1, 32\]"),
             ({"n_kv_head": 3}, "multiple of n_kv_head, got 4 and 3"),
-            ({"is_int8": True}, "kv_cache must be contiguous Byte"),
+            ({"kv_dtype": "int8"}, "kv_cache must be contiguous Byte"),
+            ({"kv_dtype": "float16"}, "q must be contiguous Half"),
+            ({"kv_dtype": "int4"}, "kv_dtype must be bfloat16, .* float8_e4m3, got int4"),
         ],
         ids=str,
     )
@@ -209,9 +229,9 @@ class TestCompilation:
             "linear_decode": Packed("int4", 70, 40).arguments(torch.randn(2, 40).bfloat16()),
             "append_kv": (
                 *(attention.qkv(2), *cached, torch.rand(D), torch.rand(D), torch.rand(D // 2)),
-                *(H, H_kv, 1e-5, 1.0, False),
+                *(H, H_kv, 1e-5, 1.0, "bfloat16"),
             ),
-            "attention_decode": (torch.randn(2, H, D).bfloat16(), *cached, H_kv, 4, 0, False),
+            "attention_decode": (torch.randn(2, H, D).bfloat16(), *cached, H_kv, 4, 0, "bfloat16"),
             "sample_decode": (torch.randn(2, 50), 1.0, 0, 1.0, 0.0, 1, 2),
             "log_probs": (torch.randn(2, 50), torch.tensor([1, 2])),
         }

@@ -90,18 +90,25 @@ class TestAccuracy:
         baseline = logits_of(model.bfloat16(), text).float()
         assert_as_accurate(torch.from_numpy(whole(decoder, text)), truth, baseline)
 
+    @pytest.mark.parametrize("kv_dtype", ["float16", "int8", "float8_e4m3"])
     @pytest.mark.parametrize("name", ["gpt2", "llama"])
-    def test_int8_cache(self, name):
+    def test_other_caches(self, name, kv_dtype):
         """No further from the exact ones than rounding each key and value of a head, and all activations to bfloat16, is."""
-        decoder = make(name, kv_dtype="int8")
+        decoder = make(name, kv_dtype=kv_dtype)
         text = text_for(decoder)
         exact = logits_of(dequantized(decoder).double(), text)
         model = dequantized(decoder).bfloat16()
 
+        def rounded(x):
+            if kv_dtype == "float16":
+                return x.half().to(x.dtype)
+            if kv_dtype == "int8":
+                return reference.round_activations(x)
+            scale = x.float().abs().amax(-1, keepdim=True) / 448
+            return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
         def attend(layer, q, k, v):
-            return model.attend(
-                layer, q, reference.round_activations(k), reference.round_activations(v)
-            )
+            return model.attend(layer, q, rounded(k), rounded(v))
 
         by_definition = model.logits(model.hidden(torch.tensor([text]), attend=attend))[0].float()
         assert_as_accurate(torch.from_numpy(whole(decoder, text)), exact, by_definition)
@@ -129,8 +136,13 @@ class TestAccuracy:
 class TestBits:
     """The logits of a sequence have the same bits whatever happens around it."""
 
-    @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-    @pytest.mark.parametrize("format", ["bf16", "int8", "int4_asym"])
+    @pytest.mark.parametrize(
+        ("format", "kv_dtype"),
+        [
+            *((f, kv) for f in ("bf16", "int8", "int4_asym") for kv in ("bfloat16", "int8")),
+            *(("bf16", kv) for kv in ("float16", "float8_e4m3")),
+        ],
+    )
     def test_pieces_and_company(self, format, kv_dtype):
         decoder = make("llama", format, kv_dtype=kv_dtype)
         text, other = text_for(decoder, 40), text_for(decoder, 40, seed=1)
@@ -449,7 +461,11 @@ class TestErrors:
         ("name", "options", "message"),
         [
             ("gpt2", {"format": "fp32"}, "packed as fp32: .* pack it as bf16"),
-            ("gpt2", {"kv_dtype": "float32"}, "kv_dtype must be one of bfloat16, int8"),
+            (
+                "gpt2",
+                {"kv_dtype": "float32"},
+                "kv_dtype must be one of bfloat16, float16, int8, float8_e4m3, got 'float32'",
+            ),
             ("gpt2", {"device": 7}, "there is no device cuda:7"),
             ("gpt2", {"num_blocks": 0}, "num_blocks must be positive"),
         ],

@@ -2,10 +2,10 @@
 
 from ctypes import c_int64
 
+import cuda_device as cuda
 import pytest
 import torch
 from cache_launchers import HeadShape, PagedCache, Rows, call, rotary_angles
-from emulator import cuda
 from helpers import assert_as_accurate
 
 from leangpt.kernels import reference
@@ -13,6 +13,9 @@ from leangpt.kernels import reference
 pytestmark = pytest.mark.usefixtures("cuda")
 
 DIMS = [8, 20, 40, 64, 128, 256]
+KINDS = ("bf16", "fp16", "int8", "fp8")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST = {"int8": 127, "fp8": 448}
 
 
 def every_row(lengths):
@@ -21,14 +24,16 @@ def every_row(lengths):
 
 def rounded(x, kind):
     """Rows as the cache keeps them."""
-    if kind == "bf16":
-        return x.bfloat16().float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x * (127 / x.abs().amax(-1, keepdim=True))).round() * scale
+    if kind in DTYPES:
+        return x.to(DTYPES[kind]).float()
+    largest, amax = LARGEST[kind], x.abs().amax(-1, keepdim=True)
+    scaled = x * (largest / amax)
+    rounded = scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn).float()
+    return rounded * (amax / largest)
 
 
 @pytest.mark.usefixtures("schedule")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_append(head_dim, kind):
     lengths = [17, 1, 32]
@@ -38,7 +43,7 @@ def test_append(head_dim, kind):
     order = torch.randperm(len(rows.rows))  # a batch may mix its sequences
     queries = cache.append(qkv[order], Rows([rows.rows[i] for i in order]))
     scale = torch.tensor(head_dim, dtype=torch.float32).rsqrt()
-    assert torch.equal(queries, (qkv[order, :4] * scale).bfloat16())
+    assert torch.equal(queries, (qkv[order, :4] * scale).to(cache.query_dtype))
     for sequence, parts in enumerate(qkv.split(lengths)):
         keys, values = cache.keys_and_values(sequence, len(parts))
         torch.testing.assert_close(keys, rounded(parts[:, 4:6], kind), rtol=1e-6, atol=0)
@@ -116,7 +121,7 @@ def test_a_row_has_the_same_bits_in_any_batch():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_is_not_lost(kind, value):
     cache = PagedCache(HeadShape(1, 1, 24), kind, [3])
     qkv = torch.randn(3, 3, 24)
@@ -127,14 +132,28 @@ def test_what_is_not_finite_is_not_lost(kind, value):
         assert not part[1].isfinite().all()
 
 
-def test_tiny_rows_keep_their_integers():
-    cache = PagedCache(HeadShape(1, 1, 16), "int8", [2])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_tiny_rows_keep_their_numbers(kind):
+    cache = PagedCache(HeadShape(1, 1, 16), kind, [2])
     qkv = torch.zeros(2, 3, 16)
     qkv[0, 1:] = torch.arange(16) * 1e-44
     cache.append(qkv, Rows([(0, 0), (0, 1)]))
     for part in cache.keys_and_values(0, 2):
         assert (part[0, 0] - qkv[0, 1]).abs().max() <= 1e-38
         assert not part[1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 16, 21])
+def test_a_prefix_stands_in_pages_as_tokens_do(length, kind):
+    shape = HeadShape(4, 2, 40)
+    cache, as_tokens = (PagedCache(shape, kind, [40, 30]) for _ in range(2))
+    qkv = torch.randn(length, 8, 40)
+    cache.write_prefix(1, qkv[:, 4:6].contiguous(), qkv[:, 6:].contiguous())
+    as_tokens.append(qkv, Rows([(1, p) for p in range(length)]))
+    found, expected = (c.keys_and_values(1, length) for c in (cache, as_tokens))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.usefixtures("schedule")

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int64
+from ctypes import CDLL, c_char_p, c_int64
 from pathlib import Path
 
+import cuda_device as cuda
 import numpy as np
 import pytest
 import torch
-from emulator import cuda
 from helpers import assert_as_accurate
 from sampling_helpers import GREEDY, PLAIN, native_draw, random_row
 from torch import Tensor
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 @functools.cache
-def library() -> cuda.Library:
+def library() -> CDLL:
     sources = [HERE / "sampling_launchers.cpp", HERE.parents[1] / "csrc/cuda/sampling.cu"]
     loaded = cuda.library("sampling_launchers", sources)
     loaded.call_sample_scratch_bytes.restype = c_int64

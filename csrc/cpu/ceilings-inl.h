@@ -23,34 +23,32 @@ static int multiply_registers(WeightKind kind, int64_t rounds) {
   alignas(64) uint8_t bytes[64] = {};
   alignas(64) float floats[kLanes] = {};
   asm volatile("" : "+m"(bytes), "+m"(floats));  // unknown to the compiler
-  constexpr int kSums =
-      kTileRows * tile_vecs(kTileRows) < 12 ? kTileRows * tile_vecs(kTileRows) : 12;
   if (kind == WeightKind::kFp32 || kind == WeightKind::kBf16) {
-    Vec sums[kSums];
+    Vec sums[kCeilingSums];
     for (Vec& sum : sums) sum = zero();
     const Vec weights = load(floats);
     const Bf16Weights pairs = load_bf16_weights(bytes);
     const auto* a = reinterpret_cast<const Bf16Activation*>(floats);
     for (int64_t i = 0; i < rounds; ++i) {
-      for (int v = 0; v < kSums; ++v) {
+      for (int v = 0; v < kCeilingSums; ++v) {
         sums[v] = kind == WeightKind::kFp32 ? fma(weights, weights, sums[v])
                                             : dot_bf16(sums[v], pairs, a);
       }
     }
     for (const Vec& sum : sums) store(floats, load(floats) + sum);
   } else {
-    IVec sums[kSums];
+    IVec sums[kCeilingSums];
     for (IVec& sum : sums) sum = broadcast_i32(0);
     const Int8Weights weights = load_int8_weights(bytes);
     for (int64_t i = 0; i < rounds; ++i) {
-      for (int v = 0; v < kSums; ++v) {
-        asm volatile("" : "+m"(floats));  // or one product would do for all
-        sums[v] = dot_int8(sums[v], weights, reinterpret_cast<int8_t*>(floats));
+      asm volatile("" : "+m"(floats));  // or the products of one round would do for all
+      for (int v = 0; v < kCeilingSums; ++v) {
+        sums[v] = dot_int8(sums[v], weights, reinterpret_cast<int8_t*>(floats) + 4 * v);
       }
     }
     for (const IVec& sum : sums) store(floats, load(floats) + to_float(sum));
   }
   asm volatile("" : "+m"(floats));
   constexpr int kInputs[] = {1, 2, 4, 4};
-  return kSums * kLanes * kInputs[static_cast<int>(kind)] * 2;
+  return kCeilingSums * kLanes * kInputs[static_cast<int>(kind)] * 2;
 }

@@ -10,6 +10,10 @@ constexpr int kFetchingRows = 2;
 constexpr bool kCopiesWeights = false;
 constexpr int64_t kMostCopiedInputs = 0;
 
+// Sums that fit the registers beside what the ceilings multiply.
+constexpr int kCeilingSums =
+    kTileRows * tile_vecs(kTileRows) < 12 ? kTileRows * tile_vecs(kTileRows) : 12;
+
 // int4 weights are multiplied as int8 ones, and a group is summed at once.
 constexpr int kInt4Steps = 1 << 20;
 using Int4Sum = IVec;

@@ -13,6 +13,8 @@ constexpr int kFetchingRows = 6;
 constexpr bool kCopiesWeights = true;
 constexpr int64_t kMostCopiedInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
 
+constexpr int kCeilingSums = 5;
+
 // Bytes are multiplied with bytes, into pairs in an int16: with weights of at most 15 a pair is at
 // most 3,840, and 8 of them fit.
 constexpr int kInt4Steps = 4;

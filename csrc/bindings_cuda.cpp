@@ -201,7 +201,7 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
   Tensor rotations;
   if (frequencies) {
     rotations = at::empty({N, D}, qkv.options());
-    rotary_angles(cached.rows.positions, frequencies->const_data_ptr<float>(),
+    rotary_angles(positions.const_data_ptr<int32_t>(), frequencies->const_data_ptr<float>(),
                   static_cast<float>(rope_magnitude), static_cast<int>(D),
                   rotations.data_ptr<float>(), static_cast<int>(N), current.stream);
   }

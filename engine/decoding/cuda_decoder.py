@@ -48,7 +48,7 @@ class CudaDecoder(NativeDecoder):
         RuntimeError: the engine was not built, there is no GPU that it runs on, or too little memory.
     """
 
-    _kv_dtypes: ClassVar = ("bfloat16", "float16", "int8", "float8_e4m3")
+    _kv_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "int8", "float8_e4m3")
     _default_kv_dtypes: ClassVar = MappingProxyType(
         {"fp32": "bfloat16", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}
     )

@@ -61,7 +61,7 @@ class NativeDecoder:
             int8 for int4 ones.
     """
 
-    _kv_dtypes: ClassVar = ("float32", "bfloat16", "int8")
+    _kv_dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
     # of the cache, by the kind of the weights
     _default_kv_dtypes: ClassVar = MappingProxyType(
         {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int8"}

@@ -109,17 +109,19 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     packed = [Empty((B * T, n, D), strides=(H_qkv * D, D, 1)) for n in (H, H_kv, H_kv)]
     lengths = Empty((B + 1,), torch.int32)
     yield case("attention_varlen", *packed, lengths, T, None, None, 0.0, flops=flops)
+    window = config.sliding_window or T // 4
+    options = window, None, 0.0
+    flops = attention_flops(window)
+    yield case("attention_varlen", *packed, lengths, T, *options, note=" window", flops=flops)
     if config.sliding_window is not None:
-        window = config.sliding_window
-        flops = attention_flops(window)
-        yield case("attention", q, k, v, None, window, None, 0.0, note=" window", flops=flops)
+        yield case("attention", q, k, v, None, *options, note=" window", flops=flops)
 
     weights = Empty((fused_F, C)), bias[fused_F], Empty((C, F)), bias[C]
     flops = linear_flops(fused_F + F, C)
     for dropout_p, note in dropouts.items():
         yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
-    options = config.activation, stream, config.dropout
-    yield case("mlp", x, *weights, *options, note=" autocast", flops=flops)
+    residual = config.activation, stream, config.dropout
+    yield case("mlp", x, *weights, *residual, note=" autocast", flops=flops)
 
     # as where an adapter hangs on the matrices of the MLP
     yield case("activate", Empty((B, T, fused_F)), config.activation)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from leangpt import GPT, GPTConfig
+from leangpt.finetune.methods.deltas import LowRank
 from leangpt.kernels import use_backend
 
 SMALL = {"vocab_size": 97, "n_layer": 2, "n_head": 4, "n_embd": 48, "max_seq_len": 64}
@@ -61,6 +62,22 @@ def test_trains_as_the_reference_does(name, device):
     torch.testing.assert_close(
         torch.tensor(losses(name, device, "triton", 6)), torch.tensor(expected), rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_on_the_mlp(name, device):
+    """They come between a product and the activation, which then is an op of its own."""
+    grads = {}
+    for backend in ("reference", "triton"):
+        model = make_model(name, device)
+        mlp_in = model.blocks[0].mlp_in
+        mlp_in.delta = LowRank(mlp_in, rank=2, scale=1.0, dropout_p=0.0)
+        torch.nn.init.constant_(mlp_in.delta.up, 0.1)
+        with use_backend(backend):
+            model(*batch(device)).backward()
+        grads[backend] = [p.grad for p in model.parameters()]
+    for gradient, expected in zip(grads["triton"], grads["reference"], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

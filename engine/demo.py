@@ -20,7 +20,7 @@ def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
     return TrainConfig(
         data=data,
         out=out,
-        arch=GPTConfig.preset("mini"),
+        arch=GPTConfig.preset("tiny"),
         batch_size=4,
         warmup_steps=50,
         minutes=minutes,

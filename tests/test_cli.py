@@ -124,7 +124,7 @@ def test_recipe_chooses_the_defaults_of_training(monkeypatch):
     )
     cli.main(["train", "--recipe", "gpt2", "--preset", "tiny", "--beta2", "0.9"])
     assert (seen[0].optimizer, seen[0].schedule, seen[0].beta2) == ("adamw", "cosine", 0.9)
-    assert seen[0].arch == GPTConfig(n_layer=4, n_head=4, n_embd=128, max_seq_len=128)
+    assert seen[0].arch == GPTConfig(n_layer=2, n_head=2, n_embd=128, max_seq_len=256)
     cli.main(["train", "--preset", "tiny"])
     assert seen[1] == TrainConfig(arch=GPTConfig.preset("tiny"))
 

@@ -490,8 +490,8 @@ def adamw_step(
 
     With `g = grad * grad_scale`, `exp_avg = beta1 exp_avg + (1 - beta1) g` and `exp_avg_sq = beta2 exp_avg_sq +
     (1 - beta2) g^2`, param becomes `(1 - lr weight_decay) param - lr m / (sqrt(v) + eps)`, where m and v are the moments
-    over `1 - beta1^step` and `1 - beta2^step`: as `torch.optim.AdamW`, which training uses, since its own fused kernel
-    reads and writes as much. This op keeps the moments of low-precision parameters in float32, and can keep masters.
+    over `1 - beta1^step` and `1 - beta2^step`: as `torch.optim.AdamW`, but the moments of low-precision parameters are
+    float32, there may be masters, and gradients are clipped while they are read.
 
     Args:
         params: changed in place; dtypes may be mixed.

@@ -77,8 +77,8 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(config, tmp_path, name):
     assert not checkpoint_folder(whole.out).exists()
     killed = replace(whole, out=tmp_path / "killed", resume=True)
     draw, trace = random.Random(5), tmp_path / "trace"
-    for _kills in range(40):
-        code = run_session(killed, [KillAtEvent(draw.randint(10, 160), trace)])
+    for kills in range(40):  # later and later, so that it comes to an end
+        code = run_session(killed, [KillAtEvent(draw.randint(10, 60 + 20 * kills), trace)])
         if code == 0:
             break
         assert code == -signal.SIGKILL, killed.out.with_suffix(".error").read_text()

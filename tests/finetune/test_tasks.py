@@ -89,7 +89,7 @@ def test_tag(run):
 def test_rank(run, score):
     """Upper or lower case, as multiple choice: above the most frequent answer."""
     rows = letter_choices(900)
-    _, tuned, test = run(Rank(score=score), rows, num_test=100, epochs=4)
+    _, tuned, test = run(Rank(score=score), rows, num_test=100, epochs=6)
     predictions = predict(tuned, test)
     true = [row["chosen"] for row in test]
     best = majority(row["chosen"] for row in rows[:-100])

@@ -1,6 +1,5 @@
 // From the products of a layer's first matrix to what attention reads: queries, and keys and values
 // in their pages.
-#include <cuda_fp8.h>
 
 #include <cmath>
 #include <stdexcept>
@@ -45,12 +44,21 @@ __device__ void rotate(float* x, const float* rotations, int head_dim, int lane)
 template <KvKind kKind>
 constexpr float kLargest = kKind == KvKind::kInt8 ? 127.0f : 448.0f;
 
+// The float of 4 bits of exponent and 3 of mantissa that is nearest to x, of two the even one;
+// |x| is 448 at most, but for roundings.
+__device__ uint32_t to_e4m3(float x) {
+  const uint32_t bits = __float_as_uint(fabsf(x));
+  // 20 bits of mantissa go, and the exponent's bias is 120 less
+  const uint32_t normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+  // below 2^-6 they are multiples of 2^-9
+  const auto small = static_cast<uint32_t>(rintf(fabsf(x) * 512.0f));
+  return (fabsf(x) < 0.015625f ? small : normal) | (__float_as_uint(x) >> 24 & 0x80);
+}
+
 // The byte that a number of 8 bits is kept as (kv_layout.cuh).
 template <KvKind kKind>
 __device__ float encode(float x) {
-  return kKind == KvKind::kInt8
-             ? rintf(x) + 128.0f
-             : static_cast<float>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3));
+  return kKind == KvKind::kInt8 ? rintf(x) + 128.0f : static_cast<float>(to_e4m3(x));
 }
 
 // The bytes of a row of 8 bits, as floats, and the scale that their numbers are multiplied with:

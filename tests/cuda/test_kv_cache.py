@@ -50,6 +50,20 @@ def test_append(head_dim, kind):
         torch.testing.assert_close(values, rounded(parts[:, 6:], kind), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", LARGEST)
+@pytest.mark.parametrize("head_dim", [80, 112, 144])
+def test_half_of_the_lanes_have_more_to_do(request, head_dim, kind, seed):
+    """In whatever order the halves of a warp come: bytes in the lanes of the one once counted as predicates of the other."""
+    with request.getfixturevalue("cuda").settings(seed=seed, preempt=20):
+        cache = PagedCache(HeadShape(1, 1, head_dim), kind, [120])
+        qkv = torch.randn(120, 3, head_dim)
+        cache.append(qkv, every_row([120]))
+    keys, values = cache.keys_and_values(0, 120)
+    torch.testing.assert_close(keys[:, 0], rounded(qkv[:, 1], kind), rtol=1e-6, atol=0)
+    torch.testing.assert_close(values[:, 0], rounded(qkv[:, 2], kind), rtol=1e-6, atol=0)
+
+
 def test_a_token_joins_a_page():
     """What stands in the page already stays."""
     cache = PagedCache(HeadShape(1, 1, 40), "bf16", [5])

@@ -13,9 +13,12 @@ constexpr uint32_t kMostThreads = 1u << 29;
 
 Mask guarded_lanes(Warp& warp, const Instruction& instruction) {
   if (!instruction.is_guarded) return kAllLanes;
-  const bool* predicate = warp.reg<bool>(instruction.guard);
+  // bytes: in lanes that do not take part there may be any, and a bool that is neither 0 nor 1
+  // would count for its neighbours
+  const uint8_t* predicate = warp.reg<uint8_t>(instruction.guard);
   Mask lanes = 0;
-  for (int i = 0; i < kWarpSize; ++i) lanes |= Mask{predicate[i] != instruction.is_negated} << i;
+  for (int i = 0; i < kWarpSize; ++i)
+    lanes |= Mask{(predicate[i] != 0) != instruction.is_negated} << i;
   return lanes;
 }
 

@@ -171,14 +171,16 @@ def train_baseline(options: Baseline, start: float) -> Curve:
     return Curve(f"PyTorch, {kind}", options.seed, num_steps, speed, points)
 
 
-def train_ours(data: Path, minutes: float, seed: int, start: float) -> Curve:
-    """The run of `leangpt demo`, with another seed, and validated on as many tokens as the baseline."""
+def train_ours(data: Path, minutes: float, seed: int, eval_sequences: int, start: float) -> Curve:
+    """The run of `leangpt demo`, with another seed, and validated on the sequences of the baseline."""
     with tempfile.TemporaryDirectory() as folder:
+        config = demo_config(Path(folder), data, minutes)
         config = dataclasses.replace(
-            demo_config(Path(folder), data, minutes),
+            config,
             seed=seed,
             max_minutes=None,
-            eval_batches=TrainConfig.eval_batches,
+            eval_every=2 * config.eval_every,
+            eval_batches=eval_sequences // config.batch_size,
             progress=False,
         )
         summary = train(config)
@@ -250,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         for seed in seeds:
             theirs = in_a_process(train_baseline, dataclasses.replace(baseline, seed=seed))
-            ours = in_a_process(train_ours, options.data, options.ours_minutes, seed)
+            sequences = TrainConfig.eval_batches * options.batch_size
+            ours = in_a_process(train_ours, options.data, options.ours_minutes, seed, sequences)
             curves += [theirs, ours]
             seconds = theirs.points[-1][0], ours.seconds_to(theirs.last)
             for curve, time_to_target in zip((theirs, ours), seconds, strict=True):

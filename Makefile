@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses 8
 
 help:            ## list these targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
-	@echo "variables: PYTHON=python3.12, VENV=.venv, TORCH=cpu or cuda"
+	@echo "variables: PYTHON=python3.12, VENV=.venv, TORCH=cpu or cuda, ARCHS=sm_90"
 
 demo: build      ## train a small GPT on this machine in minutes and generate from it
 	@$(BIN)/leangpt demo
@@ -30,8 +30,11 @@ test: build      ## run the tests
 test-full: build ## and the GPU kernels in all configurations, dtypes and orders of threads
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "full or not full"
 
-kernels-check: build  ## compile the GPU kernels for four GPUs, compare with kernels/contract.json; no GPU needed
-	@$(BIN)/leangpt kernels check
+# GPUs that the kernels are compiled for
+ARCHS ?= sm_80,sm_90,sm_100,sm_120
+
+kernels-check: build  ## compile the GPU kernels for ARCHS, compare with kernels/contract.json; no GPU needed
+	@$(BIN)/leangpt kernels check --arch $(ARCHS)
 
 gpu-check: build ## on a GPU: run its tests, benchmark decoding, write a page into benchmarks/gpu/
 	@reason=$$($(BIN)/python -c "from leangpt.kernels import decode; print(decode.cuda_obstacle() or '')"); \

@@ -96,7 +96,6 @@ def linear_decode(
 
     `addends` `(.., n up to a multiple of 64)` and their number for each row, or -1, come to the product and bias.
     """
-    n = packed.matrix.n // 2 if activation == "swiglu" else packed.matrix.n
     num_rows = len(x if row_of is None else row_of)
     rows = cuda.to_device(padded(x), "x")
     stride = -(-x.shape[1] // 16) * 16
@@ -106,23 +105,61 @@ def linear_decode(
         normed = cuda.empty((num_rows, stride), torch.bfloat16, "normed")
         chosen = None if row_of is None else cuda.to_device(row_of, "row_of").address
         source = _LinearInput(rows.address, None, stride, chosen, norm.struct, normed.address)
-    out_stride = -(-n // 16) * 16
-    if residual is not None:
-        field, out = "stream", cuda.to_device(padded(residual), "stream")
-    else:
-        field = "bf16" if dtype == torch.bfloat16 else "out"
-        out = cuda.to_device(torch.zeros(num_rows, out_stride, dtype=dtype), "out")
-    target = _LinearOutput(stride=out_stride, activation=ACTIVATIONS[activation])
-    setattr(target, field, out.address)
-    if addends is not None:
-        target.addends = cuda.to_device(addends[0], "addends").address
-        target.addend_of = cuda.to_device(addends[1], "addend_of").address
+    out = _Output(packed, num_rows, activation, residual, dtype, addends)
     _call(
-        "call_linear_decode", byref(device_matrix(packed)), byref(source), byref(target), num_rows
+        "call_linear_decode",
+        *(byref(device_matrix(packed)), byref(source), byref(out.struct), num_rows),
     )
-    result = out.cpu()
-    assert not result[:, n:].any(), "what lies behind the outputs was changed"
-    return result[:, :n]
+    return out.values()
+
+
+def finish_products(
+    packed: PackedMatrix,
+    products: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    addends: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """What `linear_decode` makes of the products `(rows, n)` float32 of x and the weights."""
+    out = _Output(packed, len(products), activation, residual, dtype, addends)
+    rows = cuda.to_device(padded(products), "products")
+    _call(
+        "call_finish_products", byref(device_matrix(packed)), rows, c_int64(rows.shape[1]),
+        byref(out.struct), len(products),
+    )  # fmt: skip
+    return out.values()
+
+
+class _Output:
+    """Where products go."""
+
+    def __init__(
+        self,
+        packed: PackedMatrix,
+        num_rows: int,
+        activation: str,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+        addends: tuple[Tensor, Tensor] | None,
+    ):
+        self._width = packed.matrix.n // 2 if activation == "swiglu" else packed.matrix.n
+        stride = -(-self._width // 16) * 16
+        if residual is not None:
+            field, self._rows = "stream", cuda.to_device(padded(residual), "stream")
+        else:
+            field = "bf16" if dtype == torch.bfloat16 else "out"
+            self._rows = cuda.to_device(torch.zeros(num_rows, stride, dtype=dtype), "out")
+        self.struct = _LinearOutput(stride=stride, activation=ACTIVATIONS[activation])
+        setattr(self.struct, field, self._rows.address)
+        if addends is not None:
+            self.struct.addends = cuda.to_device(addends[0], "addends").address
+            self.struct.addend_of = cuda.to_device(addends[1], "addend_of").address
+
+    def values(self) -> Tensor:
+        result = self._rows.cpu()
+        assert not result[:, self._width :].any(), "what lies behind the outputs was changed"
+        return result[:, : self._width]
 
 
 class DeviceDelta:
@@ -225,16 +262,24 @@ def normalize(x: Tensor, norm: Norm, dtype: torch.dtype, row_of: Tensor | None =
 
 
 def embed(
-    packed: PackedMatrix, tokens: Tensor, learned: Tensor | None, positions: Tensor
+    packed: PackedMatrix,
+    tokens: Tensor,
+    learned: Tensor | None,
+    positions: Tensor,
+    drawn: Tensor | None = None,
 ) -> Tensor:
-    """Rows of a packed embedding, and of learned positions."""
+    """Rows of a packed embedding, and of learned positions; token -1 - i is `drawn[i]`."""
     k = packed.matrix.k
     stride = -(-k // 16) * 16
     out = cuda.to_device(torch.zeros(len(tokens), stride), "stream")
     rows = None if learned is None else cuda.to_device(padded(learned), "learned")
     matrix = device_matrix(packed)
+    structs = None
+    if drawn is not None:
+        values = (decode.Drawn * len(drawn))(*((token, 0.0) for token in drawn.tolist()))
+        structs = cuda.to_device(torch.frombuffer(values, dtype=torch.uint8).clone(), "drawn")
     _call(
         "call_embed", byref(matrix), rows, c_int64(stride), cuda.to_device(tokens.int(), "tokens"),
-        cuda.to_device(positions.int(), "positions"), out, c_int64(stride), len(tokens),
+        structs, cuda.to_device(positions.int(), "positions"), out, c_int64(stride), len(tokens),
     )  # fmt: skip
     return out.cpu()[:, :k]

@@ -322,7 +322,7 @@ void Decoder::launch_blocks() {
   const StepRows rows = step_.rows();
 
   embed(model_.embedding, model_.positions, round_up(config_.n_embd, kLanes), step_.tokens(),
-        step_.positions(), x, C, N, stream_);
+        nullptr, step_.positions(), x, C, N, stream_);
   const float* rotations = model_.frequencies ? rotations_.at<float>() : nullptr;
   if (rotations) {
     rotary_angles(step_.positions(), model_.frequencies, model_.rope_magnitude, config_.head_dim,

@@ -17,6 +17,7 @@ struct Arguments {
   const float* learned;
   int64_t learned_stride;
   const int32_t *tokens, *positions;
+  const Drawn* drawn;
   float* stream;
   int64_t stride;
 };
@@ -51,7 +52,8 @@ __device__ float unpack(const Weights& w, WeightKind kind, int output, int colum
 
 __global__ void __launch_bounds__(kThreads) embed_kernel(const Arguments args) {
   const int64_t row = blockIdx.x;
-  const int token = args.tokens[row];
+  int token = args.tokens[row];
+  if (token < 0) token = max(static_cast<int>(args.drawn[-1 - token].token), 0);  // -1: NaN
   const float* learned =
       args.learned ? args.learned + args.positions[row] * args.learned_stride : nullptr;
   for (int column = static_cast<int>(threadIdx.x); column < args.w.k; column += kThreads) {
@@ -63,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const Arguments args) {
 }  // namespace
 
 void embed(const Matrix& embedding, const float* learned, int64_t learned_stride,
-           const int32_t* tokens, const int32_t* positions, float* stream_out, int64_t stride,
-           int num_rows, cudaStream_t stream) {
+           const int32_t* tokens, const Drawn* drawn, const int32_t* positions, float* stream_out,
+           int64_t stride, int num_rows, cudaStream_t stream) {
   const Weights w = as_weights(embedding, "embed");
   if (stride < w.k) {
     throw std::invalid_argument("embed: the stream's stride must be at least " +
@@ -72,7 +74,7 @@ void embed(const Matrix& embedding, const float* learned, int64_t learned_stride
   }
   if (num_rows == 0) return;
   embed_kernel<<<num_rows, kThreads, 0, stream>>>(
-      {w, embedding.kind, learned, learned_stride, tokens, positions, stream_out, stride});
+      {w, embedding.kind, learned, learned_stride, tokens, positions, drawn, stream_out, stride});
   check_launch("embed");
 }
 

@@ -58,6 +58,11 @@ struct LinearOutput {
 void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
                    cudaStream_t stream);
 
+// What linear_decode does after the product, for float32 products (num_rows, stride) that a library
+// made of w's weights.
+void finish_products(const Matrix& w, const float* products, int64_t stride,
+                     const LinearOutput& out, int num_rows, cudaStream_t stream);
+
 // out (num_rows, out_stride), float32 or bfloat16, = norm of rows row_of[i] (null: i) of x.
 void normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm& norm, int width,
                float* out, int64_t out_stride, int num_rows, cudaStream_t stream);
@@ -65,10 +70,10 @@ void normalize(const float* x, int64_t stride, const int32_t* row_of, const Norm
                uint16_t* out, int64_t out_stride, int num_rows, cudaStream_t stream);
 
 // stream (num_rows, stride) = row tokens[i] of the embedding + row positions[i] of `learned`, if
-// any.
+// any. A token below 0 is one that was drawn: -1 - i is that of drawn[i].
 void embed(const Matrix& embedding, const float* learned, int64_t learned_stride,
-           const int32_t* tokens, const int32_t* positions, float* stream_out, int64_t stride,
-           int num_rows, cudaStream_t stream);
+           const int32_t* tokens, const Drawn* drawn, const int32_t* positions, float* stream_out,
+           int64_t stride, int num_rows, cudaStream_t stream);
 
 // Rows of one adapter, of which a kernel reads the matrices once for all: rows[first ..
 // first + num_rows) of DeltaRows.

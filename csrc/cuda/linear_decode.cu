@@ -398,6 +398,18 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const Arguments args) {
   }
 }
 
+// The epilogue alone; a thread has 8 outputs of a row.
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Arguments args, const float* products, int64_t stride) {
+  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int row_threads = static_cast<int>(args.addend_stride) / 8;
+  const int row = static_cast<int>(item / row_threads);
+  const int column = static_cast<int>(item % row_threads) * 8;
+  float x[8] = {};
+  if (row < args.num_rows && column < args.w.n) load_8(products + row * stride + column, x);
+  finish(args, row, column, x);
+}
+
 int ceil_div(int n, int size) { return (n + size - 1) / size; }
 
 template <WeightKind kKind, int kRowTiles, int kTiles, bool kHasNorm>
@@ -448,16 +460,18 @@ void launch(Arguments args, cudaStream_t stream) {
   }
 }
 
-void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput& out) {
-  const auto fail = [](const std::string& what) {
-    throw std::invalid_argument("linear_decode: " + what);
-  };
-  const auto check_stride = [&](const char* name, int64_t stride, int width) {
-    if (stride % kLanes != 0 || stride < width) {
-      fail(std::string(name) + " must have a stride that is a multiple of 16 and at least " +
-           std::to_string(width) + ", got " + std::to_string(stride));
-    }
-  };
+[[noreturn]] void fail(const std::string& what) {
+  throw std::invalid_argument("linear_decode: " + what);
+}
+
+void check_stride(const char* name, int64_t stride, int width) {
+  if (stride % kLanes != 0 || stride < width) {
+    fail(std::string(name) + " must have a stride that is a multiple of 16 and at least " +
+         std::to_string(width) + ", got " + std::to_string(stride));
+  }
+}
+
+void check_input(const Matrix& w, const LinearInput& in) {
   if ((in.stream == nullptr) == (in.rows == nullptr)) {
     fail("the input must be either float32 rows of the stream or bfloat16 rows");
   }
@@ -465,6 +479,9 @@ void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput&
     fail("rows of the stream need a norm, and room for what it gives");
   }
   check_stride("the input", in.stride, w.k);
+}
+
+void check_output(const Matrix& w, const LinearOutput& out) {
   if ((out.out != nullptr) + (out.stream != nullptr) + (out.bf16 != nullptr) != 1) {
     fail("the output must be one of float32 rows, the stream and bfloat16 rows");
   }
@@ -485,7 +502,8 @@ void check_arguments(const Matrix& w, const LinearInput& in, const LinearOutput&
 void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& out, int num_rows,
                    cudaStream_t stream) {
   if (num_rows == 0) return;
-  check_arguments(w, in, out);
+  check_input(w, in);
+  check_output(w, out);
   Arguments args = {as_weights(w, "linear_decode"), in, out, num_rows};
   args.part_blocks = ceil_div(args.w.blocks, kParts);
   args.addend_stride = round_up(w.n, kPanelWidth);
@@ -497,6 +515,20 @@ void linear_decode(const Matrix& w, const LinearInput& in, const LinearOutput& o
     default:
       return launch<WeightKind::kInt4>(args, stream);
   }
+}
+
+void finish_products(const Matrix& w, const float* products, int64_t stride,
+                     const LinearOutput& out, int num_rows, cudaStream_t stream) {
+  if (num_rows == 0) return;
+  check_output(w, out);
+  check_stride("the products", stride, w.n);
+  Arguments args = {as_weights(w, "linear_decode"), {}, out, num_rows};
+  args.w.output_scales = nullptr;  // the library's weights are scaled
+  args.addend_stride = round_up(w.n, kPanelWidth);
+  const int64_t items = num_rows * args.addend_stride / 8;
+  const auto blocks = static_cast<unsigned>((items + kThreads - 1) / kThreads);
+  finish_kernel<<<blocks, kThreads, 0, stream>>>(args, products, stride);
+  check_launch("finish_products");
 }
 
 }  // namespace leangpt::cuda

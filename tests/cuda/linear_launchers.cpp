@@ -12,6 +12,11 @@ const char* call_linear_decode(const Matrix* w, const LinearInput* in, const Lin
   return message_of([&] { linear_decode(*w, *in, *out, num_rows, nullptr); });
 }
 
+const char* call_finish_products(const Matrix* w, const float* products, int64_t stride,
+                                 const LinearOutput* out, int num_rows) {
+  return message_of([&] { finish_products(*w, products, stride, *out, num_rows, nullptr); });
+}
+
 const char* call_multiply_deltas(const MatrixDeltas* deltas, const DeltaRows* rows, const void* x,
                                  int is_bf16, int64_t stride, float* narrow, float* addends) {
   return message_of([&] {
@@ -45,10 +50,10 @@ const char* call_normalize(const float* x, int64_t stride, const int32_t* row_of
 }
 
 const char* call_embed(const Matrix* embedding, const float* learned, int64_t learned_stride,
-                       const int32_t* tokens, const int32_t* positions, float* stream,
-                       int64_t stride, int num_rows) {
+                       const int32_t* tokens, const Drawn* drawn, const int32_t* positions,
+                       float* stream, int64_t stride, int num_rows) {
   return message_of([&] {
-    embed(*embedding, learned, learned_stride, tokens, positions, stream, stride, num_rows,
+    embed(*embedding, learned, learned_stride, tokens, drawn, positions, stream, stride, num_rows,
           nullptr);
   });
 }

@@ -28,6 +28,16 @@ def test_embedding(format, shape, has_positions):
         assert_as_accurate(out, ref, rows + learned[positions])
 
 
+@pytest.mark.usefixtures("schedule")
+def test_tokens_that_were_drawn_on_the_device():
+    """Where logits were NaN, -1 was drawn: any row will do, of the embedding."""
+    packed = PackedMatrix("bf16", np.random.default_rng(0).standard_normal((53, 20), np.float32))
+    drawn = torch.tensor([7, 52, 0, -1])
+    out = embed(packed, torch.tensor([3, -1, -2, 9, -3, -4]), None, torch.zeros(6), drawn)
+    expected = torch.from_numpy(packed.unpacked())[[3, 7, 52, 9, 0, 0]]
+    assert torch.equal(out, expected)
+
+
 def test_unknown_weights_are_refused():
     packed = PackedMatrix("fp32", np.zeros((4, 16), np.float32))
     with pytest.raises(ValueError, match="embed: weights must be packed as bf16, int8 or int4"):

@@ -5,7 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_as_accurate
-from linear_launchers import Norm, call_linear_decode, linear_decode, normalize
+from linear_launchers import (
+    Norm,
+    call_linear_decode,
+    finish_products,
+    linear_decode,
+    normalize,
+)
 from native_helpers import PackedMatrix
 from torch import Tensor
 
@@ -132,6 +138,28 @@ def test_sum_with_the_stream(format):
         packed, x, residual = pack(format, n, 72), activations(rows, 72), torch.randn(rows, n)
         out = linear_decode(packed, x, residual=residual)
         assert torch.equal(out, residual + linear_decode(packed, x))
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4_asym"])
+@pytest.mark.parametrize("n", [1, 96, 97, 520])
+def test_products_of_a_library_end_as_others(format, n):
+    """As the kernels' own products do; the library's have the scales in them."""
+    rows, ranks = 19, torch.tensor([-1, 1, 0, *[-1] * 16], dtype=torch.int32)
+    packed, x = pack(format, n, 48), torch.eye(48)[torch.randint(48, (rows,))].bfloat16()
+    weight = torch.from_numpy(packed.unpacked())
+    products = x.float() @ weight.T
+    addends = torch.randn(2, -(-n // 64) * 64), ranks
+    for options in (
+        {},
+        {"residual": torch.randn(rows, n)},
+        {"addends": addends},
+        *({"activation": a, "dtype": torch.bfloat16} for a in ACTIVATIONS),
+    ):
+        if options.get("activation") == "swiglu" and n % 32:
+            continue
+        out = finish_products(packed, products, **options)
+        torch.testing.assert_close(out, linear_decode(packed, x, **options))
 
 
 def test_extreme_activations_gelu_saturates():

@@ -6,6 +6,7 @@ compressed as `.gz` or `.zst`. A row that cannot be read is an error with file a
 """
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,6 +25,7 @@ from ..data.inputs import file_format
 from ..data.text import encode_utf8
 
 ROW_SUFFIXES = (".jsonl", ".csv", ".tsv", ".conll", ".bio")
+SEPARATOR = "|"  # of several labels or candidates in one cell of a table
 _SHOWN = 5  # messages kept of bad rows
 
 
@@ -172,6 +174,21 @@ def _read_conll(lines: Iterable[bytes], source: str, bad_rows: BadRows) -> Itera
             )
         words.append(columns[0])
         tags.append(columns[-1])
+
+
+def list_of(values: dict[str, Any], name: str) -> Any:
+    """What is in a field that should be a list, None where it is missing; in a cell of a table, a list is JSON.
+
+    Raises:
+        ValueError: the cell begins as a list in JSON, and is none.
+    """
+    value = values.get(name)
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise ValueError(f"{name!r} must be a list in JSON, got {value!r:.80}") from None
 
 
 def text_of(values: dict[str, Any], name: str) -> str:

@@ -2,6 +2,7 @@
 """What the model reads of a sample: targets, padding, what is cut, and how losses add up."""
 
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
@@ -461,6 +462,38 @@ class TestChat:
     def test_bad_rows(self, messages, message):
         with pytest.raises(ValueError, match=message):
             Chat().parse({"messages": messages})
+
+
+class TestTables:
+    """A cell is text; what is a list elsewhere is JSON in it, or has | between its parts."""
+
+    def test_rank(self):
+        row = {"context": "x", "candidates": "os.path | 路径|b", "chosen": "路径"}
+        assert Rank().parse(row).candidates == ("os.path", "路径", "b")
+        assert Rank().parse(row).chosen == 1
+        assert Rank().parse(row | {"chosen": "2"}).chosen == 2
+        row = {"context": "x", "candidates": '["a|b", "1"]', "chosen": "1"}
+        assert Rank().parse(row).candidates == ("a|b", "1")
+        assert Rank().parse(row).chosen == 1  # the candidate, not its number
+
+    def test_chat(self):
+        messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"}]
+        cell = json.dumps(messages)
+        assert Chat().parse({"messages": cell}) == tuple(messages)
+
+    def test_tag(self):
+        row = {"text": "in 北京", "spans": '[{"start": 3, "end": 5, "label": "LOC"}]'}
+        assert Tag().parse(row).tags == ("O", "B-LOC", "I-LOC")
+        row = {"words": '["in", "Rome"]', "tags": '["O", "LOC"]'}
+        assert Tag().parse(row).tags == ("O", "LOC")
+
+    def test_answers(self):
+        row = {"question": "q", "context": "c", "answer": '["a", "b"]'}
+        assert QA().parse(row).answers == ('["a", "b"]',)  # an answer may look like anything
+
+    def test_what_is_no_json(self):
+        with pytest.raises(ValueError, match="'messages' must be a list in JSON, got '\\[{'"):
+            Chat().parse({"messages": "[{"})
 
 
 class TestRank:

@@ -8,9 +8,10 @@ from ...config import SamplingParams
 from ...data.text import encode_utf8
 from ...data.tokenizer import Tokenizer
 from ...generation.chat import ROLES, ChatTemplate, Message, trim_history
+from ..rows import list_of
 from ..templates import chat_template_of, default_chat_template
 from .base import Example, Prediction, Report
-from .language import LanguageTask, perplexity, shifted
+from .language import LanguageTask, perplexity, probability, shifted
 
 if TYPE_CHECKING:
     from ..tuned import Tuned
@@ -35,7 +36,7 @@ class Chat(LanguageTask[Conversation]):
         return conversation
 
     def parse_input(self, values: dict[str, Any]) -> Conversation:
-        messages = values.get(self.messages_field)
+        messages = list_of(values, self.messages_field)
         if not isinstance(messages, list) or not messages:
             raise ValueError(
                 f"{self.messages_field!r} must be a list of messages, got {messages!r:.80}"
@@ -103,9 +104,9 @@ class Chat(LanguageTask[Conversation]):
             asked = sample[:-1] if sample[-1]["role"] == "assistant" else sample
             messages = trim_history(asked, template, tuned.tokenizer, tuned.max_len - num_new)
             prompts.append(template.encode(messages, tuned.tokenizer))
-        params = SamplingParams(max_new_tokens=num_new, temperature=0)
+        params = SamplingParams(max_new_tokens=num_new, temperature=0, logprobs=0)
         completions = tuned.generator.generate(prompts, params, overflow="truncate")
-        return [{"answer": completion.text} for completion in completions]
+        return [{"answer": c.text, "probability": probability(c)} for c in completions]
 
     def report(
         self, samples: Sequence[Conversation], predictions: Sequence[Prediction], loss: float

@@ -15,14 +15,12 @@ from ..decoder import hidden_states
 from ..metrics.labels import LabelTable, accuracy, confusion_matrix
 from ..metrics.plot import confusion_png
 from ..modules import Classifier
-from ..rows import text_of
+from ..rows import SEPARATOR, text_of
 from ..templates import with_bos
 from .base import Example, Prediction, Report, Task, balanced_weights, collate_tokens
 
 if TYPE_CHECKING:
     from ..tuned import Tuned
-
-_SEPARATOR = "|"  # of several labels in one cell of a table
 
 
 class LabelledText(NamedTuple):
@@ -47,7 +45,7 @@ class Classify(Task[LabelledText]):
             raise ValueError(f"no field {self.label_field!r}, only {', '.join(map(repr, values))}")
         value = values[self.label_field]
         if self.multi_label:
-            found = value.split(_SEPARATOR) if isinstance(value, str) else value
+            found = value.split(SEPARATOR) if isinstance(value, str) else value
         else:
             found = [value]
         if not isinstance(found, list) or not all(isinstance(v, str | int) for v in found):

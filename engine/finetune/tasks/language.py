@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...generation.completion import Completion
 from ..modules import LanguageModule
 from ..padding import IGNORED, pad
 from .base import Example, Sample, Task, collate_tokens
@@ -32,6 +33,11 @@ def shifted(tokens: Sequence[int], is_target: Sequence[bool], is_cut: bool) -> E
         for token, wanted in zip(tokens[1:], is_target[1:], strict=True)
     ]
     return Example(list(tokens[:-1]), targets, is_cut)
+
+
+def probability(completion: Completion) -> float:
+    """Of the whole answer."""
+    return math.exp(math.fsum(completion.logprobs or ()))
 
 
 def perplexity(loss: float) -> float:

@@ -1,6 +1,5 @@
 """`qa`, `translate`, `summarize`: a prompt from a template, and an answer; only the answer is learnt."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -20,7 +19,7 @@ from ..metrics.answers import (
 from ..rows import text_of
 from ..templates import encode_prompt, field_texts, fields_of
 from .base import Example, Prediction, Report
-from .language import LanguageTask, perplexity, shifted
+from .language import LanguageTask, perplexity, probability, shifted
 
 if TYPE_CHECKING:
     from ..tuned import Tuned
@@ -91,7 +90,7 @@ class PairTask(LanguageTask[Pair]):
         ]
         params = SamplingParams(max_new_tokens=self.max_answer_tokens, temperature=0, logprobs=0)
         return [
-            {"answer": c.text.strip(), "probability": math.exp(math.fsum(c.logprobs or ()))}
+            {"answer": c.text.strip(), "probability": probability(c)}
             for c in tuned.generator.generate(prompts, params)
         ]
 

@@ -14,7 +14,7 @@ from ..decoder import hidden_of_candidates
 from ..metrics.ranking import accuracy, mean_reciprocal_rank, ndcg, rank_of
 from ..modules import HeadRanker, LikelihoodRanker, Ranker
 from ..padding import PADDING, pad
-from ..rows import text_of
+from ..rows import SEPARATOR, list_of, text_of
 from ..templates import field_texts, fields_of, fill, with_bos
 from .base import Example, Prediction, Report, Task
 
@@ -37,7 +37,7 @@ class Rank(Task[Choice]):
     name = "rank"
 
     prompt: str = "{context}\n"  # template, with {fields} of a row
-    candidates_field: str = "candidates"  # a list of texts
+    candidates_field: str = "candidates"  # a list of texts, or one text with | between
     chosen_field: str = "chosen"  # one of them, or its number from 0
     score: Literal["likelihood", "head"] = "likelihood"
     ndcg_at: int = 5
@@ -51,6 +51,8 @@ class Rank(Task[Choice]):
     def parse(self, values: dict[str, Any]) -> Choice:
         sample = self.parse_input(values)
         chosen = values.get(self.chosen_field)
+        if isinstance(chosen, str) and chosen not in sample.candidates and chosen.isdecimal():
+            chosen = int(chosen)  # in a cell of a table
         if isinstance(chosen, str):
             if sample.candidates.count(chosen) != 1:
                 raise ValueError(
@@ -64,7 +66,9 @@ class Rank(Task[Choice]):
         return sample._replace(chosen=chosen)
 
     def parse_input(self, values: dict[str, Any]) -> Choice:
-        candidates = values.get(self.candidates_field)
+        candidates = list_of(values, self.candidates_field)
+        if isinstance(candidates, str):
+            candidates = [text.strip() for text in candidates.split(SEPARATOR)]
         if not isinstance(candidates, list) or len(candidates) < 2:
             raise ValueError(
                 f"{self.candidates_field!r} must be a list of two texts or more, got {candidates!r:.80}"

@@ -26,7 +26,7 @@ from ..metrics.labels import LabelTable, accuracy
 from ..metrics.spans import OUTSIDE, Span, has_prefixes, single_spans, spans_of
 from ..modules import Tagger
 from ..padding import IGNORED, pad
-from ..rows import text_of
+from ..rows import list_of, text_of
 from ..templates import with_bos
 from .base import Example, Prediction, Report, Task, balanced_weights, collate_tokens
 
@@ -60,7 +60,7 @@ class Tag(Task[TaggedText]):
     def parse(self, values: dict[str, Any]) -> TaggedText:
         sample = self.parse_input(values)
         if "words" in values:
-            tags = values.get("tags")
+            tags = list_of(values, "tags")
             if not isinstance(tags, list) or len(tags) != len(sample.words):
                 raise ValueError(
                     f"'tags' must have a tag for each of the {len(sample.words)} words"
@@ -68,13 +68,13 @@ class Tag(Task[TaggedText]):
             if not all(isinstance(tag, str) and tag for tag in tags):
                 raise ValueError(f"tags must be text, got {tags!r:.80}")
             return sample._replace(tags=tuple(tags))
-        return sample._replace(tags=_tags_of_spans(sample, values.get("spans")))
+        return sample._replace(tags=_tags_of_spans(sample, list_of(values, "spans")))
 
     def parse_input(self, values: dict[str, Any]) -> TaggedText:
         if "words" not in values:
             text = text_of(values, self.text_field)
             return TaggedText(text, tuple(m.span() for m in _WORD.finditer(text)), ())
-        words = values["words"]
+        words = list_of(values, "words")
         if not isinstance(words, list) or not words:
             raise ValueError(f"'words' must be a list of words, got {words!r:.80}")
         for word in words:

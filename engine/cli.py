@@ -131,12 +131,15 @@ class Kernels:
 
     report: registers, spills, shared memory, tensor-core instructions, widths of accesses, what should bound the op.
     check: compare with kernels/contract.json; what is worse there, new or gone is an error.
-    update: make that file anew.
+    update: write that file.
+
+    Check and update compile only what has changed since that file was written.
     """
 
     action: Positional[Literal["report", "check", "update"]]
     arch: str = "sm_80,sm_90,sm_100,sm_120"  # with commas between
     json: bool = False  # report: one JSON document
+    anew: bool = False  # check, update: compile also what has not changed
 
 
 def _prepare(argv: Sequence[str]) -> None:
@@ -458,9 +461,9 @@ def _kernels(argv: Sequence[str]) -> None:
             found = kernel_report.make_report(archs)
             print(kernel_report.to_json(*found) if options.json else kernel_report.to_text(*found))
         case "check":
-            kernel_report.check(archs)
+            kernel_report.check(archs, options.anew)
         case "update":
-            kernel_report.update()
+            kernel_report.update(options.anew)
 
 
 def _info(argv: Sequence[str]) -> None:

@@ -147,12 +147,15 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     yield case("sample", Empty((N, V)), *filters, integer, integer, integer)
 
 
-def make_report(archs: Sequence[str]) -> tuple[list[Row], list[cuda_report.Kernel]]:
-    """The Triton kernels, and those of CUDA where they can be compiled."""
+def make_report(
+    archs: Sequence[str], agreed: contract.Kernels | None = None
+) -> tuple[list[Row], list[cuda_report.Kernel]]:
+    """The Triton kernels, and those of CUDA where they can be compiled; `agreed` as for `triton_report.report`."""
     for arch in archs:
         if arch not in CHIPS:
             raise ValueError(f"arch must be one of {', '.join(CHIPS)}, got {arch!r}")
-    return report(cases(), archs), [] if cuda_report.obstacle() else cuda_report.report(archs)
+    rows = report(cases(), archs, agreed)
+    return rows, [] if cuda_report.obstacle() else cuda_report.report(archs, agreed)
 
 
 def all_versions() -> dict[str, str]:
@@ -160,8 +163,11 @@ def all_versions() -> dict[str, str]:
     return versions() | ({} if cuda_report.obstacle() else {"nvcc": cuda_report.version()})
 
 
-def check(archs: Sequence[str]) -> None:
-    """Print what is worse than the contract says; raises ValueError where something is."""
+def check(archs: Sequence[str], anew: bool = False) -> None:
+    """Print what is worse than the contract says; raises ValueError where something is.
+
+    Kernels whose code is that of the contract need not be compiled, but they are if `anew`.
+    """
     agreed = contract.load(all_versions())
     obstacle = cuda_report.obstacle()
     if obstacle:
@@ -171,7 +177,7 @@ def check(archs: Sequence[str]) -> None:
         for name, kernel in agreed.items()
         if not (obstacle and name.startswith(f"{cuda_report.PREFIX} "))
     }
-    kernels = by_name(chain(*make_report(archs)))
+    kernels = by_name(chain(*make_report(archs, None if anew else agreed)))
     lines = contract.differences(expected, kernels)
     if lines:
         print("\n".join(lines))
@@ -180,15 +186,26 @@ def check(archs: Sequence[str]) -> None:
             " `leangpt kernels update`"
         )
     count = sum(map(len, kernels.values()))
+    changed = sum(
+        figures["digest"] != expected[name][arch].get("digest")
+        for name, rows in kernels.items()
+        for arch, figures in rows.items()
+    )
     print(f"{count} kernels and architectures are as {contract.PATH.name} says, or better")
+    if changed:
+        print(
+            f"{changed} of them have changed: compiling them again is saved by `leangpt kernels update`"
+        )
 
 
-def update() -> None:
-    """Make the contract anew."""
+def update(anew: bool = False) -> None:
+    """Write the contract, with all kernels that have changed since the last one; with all there are if `anew`."""
     obstacle = cuda_report.obstacle()
     if obstacle:
         raise ValueError(f"the contract has the CUDA kernels too, and {obstacle}")
-    contract.save(all_versions(), by_name(chain(*make_report(list(CHIPS)))))
+    versions = all_versions()
+    agreed = None if anew or not contract.is_of(versions) else contract.load(versions)
+    contract.save(versions, by_name(chain(*make_report(list(CHIPS), agreed))))
     print(f"wrote {contract.PATH}")
 
 
@@ -196,7 +213,7 @@ def by_name(rows: Iterable[Row | cuda_report.Kernel]) -> contract.Kernels:
     """As the contract has them."""
     kernels: contract.Kernels = {}
     for row in rows:
-        kernels.setdefault(row.name, {})[row.arch] = row.figures
+        kernels.setdefault(row.name, {})[row.arch] = contract.with_digest(row.code, row.figures)
     return kernels
 
 

@@ -1,9 +1,11 @@
 """The contract: what kernels compiled to when it was last agreed to, and what is worse now.
 
 `contract.json` holds for each kernel and architecture the figures of `triton_report.Row` and `cuda_report.Kernel`. They depend on
-the versions of Triton, ptxas and nvcc, which stand in the file.
+the versions of Triton, ptxas and nvcc, which stand in the file, and on the code: a digest of it and of the figures stands beside
+them. Where it is the same still, compiling would give these figures again.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,32 @@ def save(versions: dict[str, str], kernels: Kernels) -> None:
 def load(versions: dict[str, str]) -> Kernels:
     """Raises ValueError where the file is of other versions than those in use."""
     document = json.loads(PATH.read_text(encoding="utf-8"))
-    if {name: document["versions"].get(name) for name in versions} != versions:
+    if not is_of(versions):
         raise ValueError(
             f"{PATH.name} is of {_words(document['versions'])}, and this is {_words(versions)}: install the versions"
             " of requirements.lock, or make it anew with `leangpt kernels update`"
         )
     return document["kernels"]
+
+
+def with_digest(code: str, figures: Figures) -> Figures:
+    """`code` tells all that the figures came of, but for the versions in the file."""
+    figures = {name: value for name, value in figures.items() if name != "digest"}
+    text = f"{code} {json.dumps(figures)}"
+    return figures | {"digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def are_of(code: str, figures: Figures) -> bool:
+    """Whether the figures are those of this code."""
+    return figures.get("digest") == with_digest(code, figures)["digest"]
+
+
+def is_of(versions: dict[str, str]) -> bool:
+    """Whether there is a file, and of these versions."""
+    if not PATH.exists():
+        return False
+    found = json.loads(PATH.read_text(encoding="utf-8"))["versions"]
+    return {name: found.get(name) for name in versions} == versions
 
 
 def _words(versions: dict[str, str]) -> str:

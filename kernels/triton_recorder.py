@@ -70,8 +70,9 @@ class Launch:
     configuration: int  # of an autotuned kernel, from 1 on
 
     def key(self) -> str:
-        """What is compiled: equal for launches that need the same code."""
-        return f"{self.source.hash()} {self.options}"
+        """What is compiled: equal for launches that need the same code, in every checkout."""
+        options = self.options | {"extern_libs": None}  # paths, of what comes with Triton
+        return f"{self.source.hash()} {options}"
 
 
 class Recorder(TorchDispatchMode):

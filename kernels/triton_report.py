@@ -6,11 +6,12 @@ An op is called with tensors of the wanted shapes, forward and backward; a recor
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
-from . import sass
+from . import chips, contract, sass
 from .chips import CHIPS
 from .contract import Figures
 from .triton_recorder import AbsentGPU, Launch, Recorder
@@ -78,11 +79,16 @@ class Row:
     kernel: str  # numbered where there is more than one of that name
     arch: str
     constants: dict[str, Any]  # compile-time arguments
+    code: str  # all that the figures came of, as contract.py has it
     figures: Figures
 
     @property
     def name(self) -> str:
-        return f"{self.work.model} {self.work.op} {self.work.direction} {self.kernel}"
+        return _name(self.work, self.kernel)
+
+
+def _name(work: Work, kernel: str) -> str:
+    return f"{work.model} {work.op} {work.direction} {kernel}"
 
 
 def versions() -> dict[str, str]:
@@ -91,8 +97,16 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__} | {name: tool.version for name, tool in tools.items()}
 
 
-def report(cases: Sequence[Case], archs: Sequence[str], num_threads: int = 2) -> list[Row]:
-    """Compile what the cases launch for each of the architectures."""
+def report(
+    cases: Sequence[Case],
+    archs: Sequence[str],
+    agreed: Mapping[str, Mapping[str, Figures]] | None = None,
+    num_threads: int = 2,
+) -> list[Row]:
+    """Compile what the cases launch for each of the architectures.
+
+    `agreed` is a contract: what it says of code that has not changed since is taken from there.
+    """
     launches = [
         (work, label, arch, launch)
         for arch in archs
@@ -100,13 +114,24 @@ def report(cases: Sequence[Case], archs: Sequence[str], num_threads: int = 2) ->
         for work, label, launch in _record(case, Recorder(arch))
     ]
     # cases share some kernels
-    sources = {(arch, launch.key()): launch for _, _, arch, launch in launches}
+    sources, figures = {}, {}
+    for work, label, arch, launch in launches:
+        code = _code(arch, launch)
+        sources[code] = arch, launch
+        known = (agreed or {}).get(_name(work, label), {}).get(arch, {})
+        if contract.are_of(code, known):
+            figures[code] = known
     with ThreadPoolExecutor(num_threads) as pool:
-        jobs = [pool.submit(_figures, arch, launch) for (arch, _), launch in sources.items()]
-        figures = {source: job.result() for source, job in zip(sources, jobs, strict=True)}
+        jobs = {
+            code: pool.submit(_figures, *source)
+            for code, source in sources.items()
+            if code not in figures
+        }
+        figures |= {code: job.result() for code, job in jobs.items()}
     return [
-        Row(work, label, arch, launch.constants, figures[arch, launch.key()])
+        Row(work, label, arch, launch.constants, code, figures[code])
         for work, label, arch, launch in launches
+        for code in [_code(arch, launch)]
     ]
 
 
@@ -136,6 +161,18 @@ def _noted(
         number = f" #{seen[key]}" if seen[key] > 1 else ""
         configuration = f" configuration {launch.configuration}" if launch.configuration else ""
         yield work, launch.kernel + number + configuration, launch
+
+
+def _code(arch: str, launch: Launch) -> str:
+    """All that the figures of a kernel come of, but for the versions of Triton and ptxas."""
+    return f"{arch} {launch.key()} {_tools()}"
+
+
+@functools.cache
+def _tools() -> str:
+    """A digest of what reads compiled code."""
+    texts = [inspect.getsource(tool) for tool in (sass, chips, _figures)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def _figures(arch: str, launch: Launch) -> Figures:

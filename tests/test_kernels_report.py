@@ -137,6 +137,22 @@ class TestContract:
         [[row]] = [list(archs.values()) for archs in kernels(product()).values()]
         return row
 
+    def test_only_what_has_changed_is_compiled(self, agreed, monkeypatch):
+        """Another kernel, option or architecture, and figures that somebody wrote."""
+        monkeypatch.delattr(triton, "compile")
+        assert kernel_report.by_name(report([product()], ["sm_80"], agreed)) == agreed
+        [[name, rows]] = agreed.items()
+        written = {name: {"sm_80": rows["sm_80"] | {"registers": 8}}}
+        moved = {name: {"sm_90": rows["sm_80"]}}
+        for case, arch, contract_ in (
+            (product(stride=129), "sm_80", agreed),
+            (product(num_warps=8), "sm_80", agreed),
+            (product(), "sm_80", written),
+            (product(), "sm_90", moved),
+        ):
+            with pytest.raises(AttributeError, match="compile"):
+                report([case], [arch], contract_)
+
     def test_better_is_no_difference(self):
         row = self.row()
         better = row | {"registers": row["registers"] - 8, "copies": row["copies"] | {"TMA": 1}}
@@ -241,7 +257,10 @@ class TestCommand:
     def test_check_and_update(self, capsys, monkeypatch):
         assert self.run(capsys, "update")[0] == 0
         status, out, _ = self.run(capsys, "check")
-        assert status == 0 and "4 kernels and architectures are as" in out
+        assert status == 0 and "4 kernels and architectures are as" in out and "changed" not in out
+        assert "4 kernels" in self.run(capsys, "check", "--anew")[1]
+        monkeypatch.setattr(kernel_report, "cases", lambda: [product(num_stages=4)])
+        assert "1 of them have changed" in self.run(capsys, "check", "--arch", "sm_80")[1]
         monkeypatch.setattr(kernel_report, "cases", lambda: [product(maxnreg=32)])
         status, out, err = self.run(capsys, "check", "--arch", "sm_80")
         assert status == 1 and "sm_80: spills 0 -> " in out and "sm_90" not in out
@@ -303,7 +322,7 @@ class TestCuda:
                 assert row["tensor_cores"].keys() == {"HMMA"}, key
                 assert row["copies"]["cp.async"] and row["loads"]["128"] > 8, key
 
-    def test_a_kernel(self):
+    def test_a_kernel(self, monkeypatch):
         if cuda_report.obstacle():
             pytest.skip(str(cuda_report.obstacle()))
         found = cuda_report._compile(cuda_report.CSRC / "cuda" / "layer_norm.cu", "sm_80")
@@ -313,6 +332,12 @@ class TestCuda:
         figures = found[0].figures
         assert figures["num_warps"] == 8 and figures["registers"] > 16 and figures["spills"] == 0
         assert list(figures["loads"]) == ["128", "32"] and list(figures["stores"]) == ["128"]
+        agreed = kernel_report.by_name(found)
+        monkeypatch.delattr(cuda_report, "kept")  # which compiles
+        source = cuda_report.CSRC / "cuda" / "layer_norm.cu"
+        assert kernel_report.by_name(cuda_report._compile(source, "sm_80", agreed)) == agreed
+        with pytest.raises(NameError, match="kept"):
+            cuda_report._compile(source, "sm_90", agreed)
 
     def test_without_nvcc_they_are_left_out(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(kernel_report, "cases", lambda: [product()])

@@ -77,20 +77,20 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
   }
 }
 
-// Of more rows than a tile has, on those ISAs that copy weights for them.
+// Of more rows than a tile has, on those ISAs whose tiles share blocks of weights.
 template <class Format>
-static void copied_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                int panel, float* tile);
+static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                 int panel, float* tile);
 template <int kDigits>
-static void copied_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                               int panel, float* tile);
+static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                int panel, float* tile);
 
 template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                          int panel, float* tile) {
-  if constexpr (kCopiesWeights) {
+  if constexpr (kSharesBlocks) {
     if (rows > kTileRows) {
-      return copied_float_linear<Format>(w, a, first_row, rows, panel, tile);
+      return blocked_float_linear<Format>(w, a, first_row, rows, panel, tile);
     }
   }
   const int64_t steps = w.steps();
@@ -250,9 +250,9 @@ template <int kDigits>
 static void int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
-  if constexpr (kCopiesWeights) {
+  if constexpr (kSharesBlocks) {
     if (w.group == 0 && rows > kTokens && w.padded_k() <= kMostCopiedInputs) {
-      return copied_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
+      return blocked_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
     }
   }
   for (int r = 0; r < rows; r += kTokens) {

@@ -1,7 +1,11 @@
-// Products of more rows than one tile has, where multiplying is the bound: all tiles share a copy
-// of a block of weights in the form that they multiply, 16 outputs after the other, so that it is
-// widened once and lies in the L1 cache, of which lines 256 bytes apart would use a quarter. The
-// sums run in the same order as those of few rows.
+// Products of more rows than one tile has: all tiles multiply a block of weights before the next
+// one is read. Where weights are narrower than what is multiplied they share a copy of it, widened
+// once, 16 outputs after the other, of which lines 256 bytes apart would use a quarter of the L1
+// cache. The sums run in the same order as those of few rows.
+//
+// Each tile asks for its share of the weights that come next, line after line: memory gives them
+// while tiles multiply, and the CPU's own prefetchers see one stream. Asked for by the first tile
+// of a block alone, they came late: benchmarks/README.md.
 //
 // The copy, sums that go on in the next block, and int8 rows widened lie behind the tile, see
 // kTileFloats.
@@ -17,27 +21,31 @@ struct Shared {
         rows(reinterpret_cast<int16_t*>(sums + kMaxTileRows * kPanelWidth * 4 * kMaxWideDigits)) {}
 };
 
-// Calls f(first, Int<n>) for tiles of rows as even as they can be, of at most kMost.
+// Calls f(first, Int<n>, tile, tiles) for tiles of rows as even as they can be, of at most kMost.
 template <int kMost, class F>
 static void each_tile(int rows, const F& f) {
   const int tiles = (rows + kMost - 1) / kMost;
   for (int t = 0; t < tiles; ++t) {
     const int first = t * rows / tiles;
-    with_constant<kMost>((t + 1) * rows / tiles - first, [&](auto n) { f(first, n); });
+    with_constant<kMost>((t + 1) * rows / tiles - first, [&](auto n) { f(first, n, t, tiles); });
   }
 }
 
-// Sums of some rows and 16 outputs, over the inputs of a block. Of `next`, which lies where the
-// next block is read from, it asks for some bytes with each input.
-template <int kRows, int kFetchedBytes>
-static void copied_float_tile(const float* weights, const float* rows, int64_t stride, int inputs,
-                              const uint8_t* next, bool goes_on, float* sums) {
+// Sums of some rows and 16 outputs, over the inputs of a block, whose weights lie `kStride` floats
+// apart. With every two inputs it asks for the weights at `next`, which moves on by so many bytes.
+template <int kRows, int kStride>
+static void block_tile(const float* weights, const float* rows, int64_t stride, int inputs,
+                       const uint8_t* next, int fetched_bytes, bool goes_on, float* sums) {
   Vec totals[kRows];
   for (int r = 0; r < kRows; ++r) totals[r] = goes_on ? load(sums + r * kPanelWidth) : zero();
-  for (int i = 0; i < inputs; ++i) {
-    __builtin_prefetch(next + i * kFetchedBytes, 0, 2);
-    const Vec w = load(weights + i * kLanes);
-    for (int r = 0; r < kRows; ++r) totals[r] = fma(w, broadcast(rows[r * stride + i]), totals[r]);
+  for (int i = 0; i < inputs; i += 2, next += fetched_bytes) {
+    __builtin_prefetch(next, 0, 2);
+    for (int j = i; j < i + 2; ++j) {
+      const Vec w = load(weights + j * kStride);
+      for (int r = 0; r < kRows; ++r) {
+        totals[r] = fma(w, broadcast(rows[r * stride + j]), totals[r]);
+      }
+    }
   }
   for (int r = 0; r < kRows; ++r) store(sums + r * kPanelWidth, totals[r]);
 }
@@ -58,27 +66,34 @@ static void copy_floats(const uint8_t* panel, int inputs, float* copy) {
   }
 }
 
-template <class Format>
-static void copied_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                int panel, float* tile) {
+template <class Format, bool kCopies>
+static void multiply_float_blocks(const Matrix& w, const Activations& a, int64_t first_row,
+                                  int rows, int panel, float* tile) {
+  constexpr int kInputs = kCopies ? kCopiedFloats : kSharedFloats;
+  constexpr int kStride = kCopies ? kLanes : kPanelWidth;
   constexpr int kBlockInputs = kBlockSteps * Format::kInputs;
   const Shared shared(tile);
-  auto* weights = reinterpret_cast<float*>(shared.weights);
   auto* sums = reinterpret_cast<float*>(shared.sums);
   const int64_t inputs = w.padded_k(), stride = a.row_bytes / 4;
-  for (int64_t first = 0; first < inputs; first += kCopiedFloats) {
-    const int count =
-        static_cast<int>(inputs - first < kCopiedFloats ? inputs - first : kCopiedFloats);
+  for (int64_t first = 0; first < inputs; first += kInputs) {
+    const int count = static_cast<int>(inputs - first < kInputs ? inputs - first : kInputs);
     const int steps = count / Format::kInputs;
     const uint8_t* block = w.data + panel * w.panel_bytes() + first / Format::kInputs * kStepBytes;
-    const uint8_t* next = block + steps * kStepBytes;
-    copy_floats<Format>(block, count, weights);
+    const uint8_t* next = block + (kCopies ? steps * kStepBytes : kFetchedAhead);
+    const auto* weights = reinterpret_cast<const float*>(block);
+    if constexpr (kCopies) {
+      auto* copy = reinterpret_cast<float*>(shared.weights);
+      copy_floats<Format>(block, count, copy);
+      weights = copy;
+    }
     for (int v = 0; v < kPanelVecs; ++v) {
-      each_tile<kTileRows>(rows, [&](int r, auto n) {
+      const float* of_vec = weights + v * (kCopies ? kCopiedFloats * kLanes : kLanes);
+      each_tile<kTileRows>(rows, [&](int r, auto n, int t, int tiles) {
         const auto* x = reinterpret_cast<const float*>(a.rows + (first_row + r) * a.row_bytes);
-        copied_float_tile<decltype(n)::value, 64 / Format::kInputs>(
-            weights + v * kCopiedFloats * kLanes, x + first, stride, count, next + v * steps * 64,
-            first % kBlockInputs != 0, sums + r * kPanelWidth + v * kLanes);
+        block_tile<decltype(n)::value, kStride>(
+            of_vec, x + first, stride, count, next + (v * tiles + t) * steps * 64 / tiles,
+            128 / Format::kInputs / tiles, first % kBlockInputs != 0,
+            sums + r * kPanelWidth + v * kLanes);
       });
     }
     if ((first + count) % kBlockInputs != 0 && first + count != inputs) continue;
@@ -86,6 +101,17 @@ static void copied_float_linear(const Matrix& w, const Activations& a, int64_t f
       store(tile + i, first < kBlockInputs ? load(sums + i) : load(tile + i) + load(sums + i));
     }
   }
+}
+
+template <class Format>
+static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                 int panel, float* tile) {
+  if constexpr (Format::kInputs == 1) {
+    if (rows <= kMostDirectRows) {
+      return multiply_float_blocks<Format, false>(w, a, first_row, rows, panel, tile);
+    }
+  }
+  multiply_float_blocks<Format, true>(w, a, first_row, rows, panel, tile);
 }
 
 // The weights of a block, less the 128 that is added to them: 16 outputs with inputs 0 and 2, then
@@ -140,8 +166,8 @@ static void widen_row(const int8_t* digits, int64_t padded_k, int inputs, int16_
 // Sums of some tokens and 16 outputs, over the inputs of a block; kDigits here is that of the
 // widened rows.
 template <int kTokens, int kDigits>
-static void copied_int8_tile(const int16_t* weights, const int16_t* rows, int steps,
-                             const uint8_t* next, bool goes_on, int32_t* sums) {
+static void block_int8_tile(const int16_t* weights, const int16_t* rows, int steps,
+                            const uint8_t* next, int fetched_bytes, bool goes_on, int32_t* sums) {
   constexpr int kStride = kCopiedInt16s * kDigits;
   IVec totals[kTokens][kDigits];
   const auto at = [&](int t, int d) {
@@ -153,8 +179,8 @@ static void copied_int8_tile(const int16_t* weights, const int16_t* rows, int st
                              : broadcast_i32(0);
     }
   }
-  for (int step = 0; step < steps; ++step) {
-    __builtin_prefetch(next + step * 64, 0, 2);
+  for (int step = 0; step < steps; ++step, next += fetched_bytes) {
+    __builtin_prefetch(next, 0, 2);
     const auto* w = reinterpret_cast<const __m256i*>(weights + step * 64);
     const IVec even = {_mm256_load_si256(w), _mm256_load_si256(w + 1)};
     const IVec odd = {_mm256_load_si256(w + 2), _mm256_load_si256(w + 3)};
@@ -197,8 +223,8 @@ static inline Vec combine_wide_digits(IVec high, IVec low) {
 }
 
 template <int kDigits>
-static void copied_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                               int panel, float* tile) {
+static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                int panel, float* tile) {
   constexpr int kWide = kDigits == 3 ? 2 : 1;
   const Shared shared(tile);
   auto* weights = reinterpret_cast<int16_t*>(shared.weights);
@@ -216,10 +242,11 @@ static void copied_int8_linear(const Matrix& w, const Activations& a, int64_t fi
       widen_row<kDigits>(row + first, inputs, count, shared.rows + r * kCopiedInt16s * kWide);
     }
     for (int v = 0; v < kPanelVecs; ++v) {
-      each_tile<kDigits == 3 ? 2 : 5>(rows, [&](int t, auto n) {
-        copied_int8_tile<decltype(n)::value, kWide>(
-            weights + v * kCopiedInt16s * kLanes, shared.rows + t * kCopiedInt16s * kWide, steps,
-            next + v * steps * 64, first != 0, sums + t * kWide * kPanelWidth + v * kLanes);
+      each_tile<kDigits == 3 ? 2 : 5>(rows, [&](int r, auto n, int t, int tiles) {
+        block_int8_tile<decltype(n)::value, kWide>(
+            weights + v * kCopiedInt16s * kLanes, shared.rows + r * kCopiedInt16s * kWide, steps,
+            next + (v * tiles + t) * steps * 64 / tiles, 64 / tiles, first != 0,
+            sums + r * kWide * kPanelWidth + v * kLanes);
       });
     }
   }

@@ -5,9 +5,9 @@ constexpr int kMaxTileRows = 96;  // with a panel of weights they stay in the L2
 constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth;
 // A tile of at most so many rows asks for its weights ahead.
 constexpr int kFetchingRows = 2;
-// Whether more rows than a tile has share a copy of the weights, and of how many inputs at most
+// Whether tiles of more rows than one has share blocks of weights, and of how many inputs at most
 // those of int8.
-constexpr bool kCopiesWeights = false;
+constexpr bool kSharesBlocks = false;
 constexpr int64_t kMostCopiedInputs = 0;
 
 // Sums that fit the registers beside what the ceilings multiply.

@@ -5,12 +5,16 @@ constexpr int kMaxTileRows = 128;
 constexpr int kCopiedBytes = 65536;
 constexpr int kCopiedFloats = kCopiedBytes / (kPanelWidth * 4);  // inputs of a block
 constexpr int kCopiedInt16s = kCopiedBytes / (kPanelWidth * 2);
+// Up to so many rows float32 weights are not copied; a block of them stays in the L1 cache.
+constexpr int kMostDirectRows = 32;
+constexpr int kSharedFloats = 64;
+constexpr int kFetchedAhead = 16384;
 constexpr int kMaxWideDigits = 2;
 constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * (1 + kMaxWideDigits) +
                                 kCopiedBytes / 4 +
                                 kMaxTileRows * kCopiedInt16s * kMaxWideDigits / 2;
 constexpr int kFetchingRows = 6;
-constexpr bool kCopiesWeights = true;
+constexpr bool kSharesBlocks = true;
 constexpr int64_t kMostCopiedInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
 
 constexpr int kCeilingSums = 5;

@@ -99,12 +99,24 @@ def _compile(
 
 def _code(source: Path, arch: str) -> str:
     """A digest of all that the figures of a file come of."""
-    headers = [path for place in ("*.h", "cuda/*.*h") for path in sorted(CSRC.glob(place))]
     tools = [inspect.getsource(tool) for tool in (sass, chips)]
     tools.append(Path(__file__).read_text(encoding="utf-8"))
     key = f"{version()} {source.name} {arch} {''.join(tools)}".encode()
-    texts = [path.read_bytes() for path in (source, *headers)]
+    texts = [path.read_bytes() for path in _with_headers(source)]
     return hashlib.sha256(b"".join([key, *texts])).hexdigest()
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """A file and what it includes of this repository, directly or not."""
+    found: list[Path] = []
+    todo = [source]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.append(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.M)
+            todo += [(path.parent / name).resolve() for name in names]
+    return found
 
 
 def _compile_anew(source: Path, arch: str) -> dict[str, Figures]:

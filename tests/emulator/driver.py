@@ -1,7 +1,8 @@
 """A Triton driver without a GPU: after `install()`, kernel[grid](cpu tensors) runs the compiled kernel in the emulator.
 
-Triton specialises and compiles the kernel as it would for an A100 (sm_80); the emulator executes its PTX. Autotuning runs every
-configuration once, so that all are checked, and takes the first. `options` sets how launches are run:
+Triton specialises and compiles the kernel as it would for an A100 (sm_80); the emulator executes its PTX, of which nobody makes
+machine code. Autotuning runs every configuration once, so that all are checked, and takes the first. `options` sets how launches
+are run:
 
     with driver.options(seed=1, order="reverse"):
         kernel[grid](x, y)
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
@@ -119,6 +121,24 @@ def _leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
         yield name, kind, value
 
 
+class _EmulatedGPU(GPUTarget):
+    """An A100 that takes PTX."""
+
+
+def _leave_out_cubin() -> None:
+    """Compile for an emulated GPU without ptxas, and keep that apart in Triton's cache."""
+    make_cubin, make_hash = CUDABackend.make_cubin, CUDABackend.hash
+
+    def cubin(self: CUDABackend, *arguments: Any) -> bytes:
+        return b"" if isinstance(self.target, _EmulatedGPU) else make_cubin(self, *arguments)
+
+    def hash_(self: CUDABackend) -> str:
+        found = make_hash(self)
+        return f"{found}-emulated" if isinstance(self.target, _EmulatedGPU) else found
+
+    CUDABackend.make_cubin, CUDABackend.hash = cubin, hash_
+
+
 class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
@@ -144,7 +164,7 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 80, WARP_SIZE)
+        return _EmulatedGPU("cuda", 80, WARP_SIZE)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -175,5 +195,6 @@ def install() -> None:
     if isinstance(triton.runtime.driver._active, _Driver):
         return
     triton.runtime.driver.set_active(_Driver())
+    _leave_out_cubin()
     CompiledKernel.run = property(_run)
     CompiledKernel._init_handles = lambda self: None

@@ -38,4 +38,18 @@ LEANGPT_EXPORT int leangpt_decoder_new(const Model* model, int kv_kind, int32_t 
   });
 }
 
+// leangpt_sample in two parts: see cuda::Decoder.
+LEANGPT_EXPORT int leangpt_start_sample(Decoder* decoder, const Batch* batch,
+                                        const DrawSettings* settings) {
+  return guarded_work([&] { decoder->start_sample(*batch, settings); });
+}
+
+LEANGPT_EXPORT int leangpt_take_draws(Decoder* decoder, const DrawSettings* settings, Drawn* out) {
+  return guarded_work([&] { decoder->take_draws(settings, out); });
+}
+
+LEANGPT_EXPORT void leangpt_use_library(Decoder* decoder, cuda::LibraryProduct product) {
+  decoder->use_library(product);
+}
+
 LEANGPT_EXPORT int leangpt_num_graphs(Decoder* decoder) { return decoder->num_graphs(); }

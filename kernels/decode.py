@@ -185,11 +185,21 @@ def cuda_library() -> ctypes.CDLL:
     return lib
 
 
+# matrix, rows, row stride, number of rows, products, stride, stream: as LibraryProduct of csrc/cuda/decoder.h
+LIBRARY_PRODUCT = ctypes.CFUNCTYPE(
+    *(c_int, c_int, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p)
+)
+
+
 def declare_cuda(lib: ctypes.CDLL) -> None:
     """The functions of csrc/engine_cuda.cpp."""
     _declare_decoder(lib)
     lib.leangpt_check_device.argtypes = [c_int]
     lib.leangpt_num_graphs.argtypes = [c_void_p]
+    lib.leangpt_start_sample.argtypes = [c_void_p, POINTER(Batch), c_void_p]
+    lib.leangpt_take_draws.argtypes = [c_void_p, c_void_p, c_void_p]
+    lib.leangpt_use_library.argtypes = [c_void_p, LIBRARY_PRODUCT]
+    lib.leangpt_use_library.restype = None
     lib.leangpt_cache_memory.argtypes = [
         *(POINTER(ModelConfig), c_int, c_int),
         *(POINTER(c_int64), POINTER(c_int64)),

@@ -11,6 +11,13 @@ constexpr int kOutputRows = kMaxPaddedRows;  // hidden states or logits that are
 
 std::string text(int64_t n) { return std::to_string(n); }
 
+// The number of the matrix of a layer that these deltas are for, see LibraryProduct.
+int matrix_number(int layer, Delta LayerDeltas::* of) {
+  constexpr Delta LayerDeltas::* kOrder[] = {&LayerDeltas::qkv, &LayerDeltas::attn_out,
+                                             &LayerDeltas::mlp_in, &LayerDeltas::mlp_out};
+  return 4 * layer + static_cast<int>(std::find(kOrder, kOrder + 4, of) - kOrder);
+}
+
 // The config of a model that the kernels know.
 const ModelConfig& checked(const Model& model, int device) {
   if (model.config.head_dim > kMaxHeadDim) {
@@ -238,13 +245,14 @@ void Decoder::reserve() {
   has_moved |= inner_.reserve(N * stride_of(config_.n_inner) * halves);
   has_moved |= outputs_.reserve(outputs * std::max(widths[0], widths[1]) * floats);
   has_moved |= scratch_.reserve(scratch_bytes);
+  const int64_t widest = std::max({layers_[0].qkv.n, layers_[0].attn_out.n, layers_[0].mlp_in.n});
   if (shape.num_delta_rows) {
-    const int64_t widest = std::max({layers_[0].qkv.n, layers_[0].attn_out.n, layers_[0].mlp_in.n});
     const int64_t rows = shape.num_delta_rows * floats;
     has_moved |= narrow_.reserve(rows * round_up(most_ranks_, kPanelWidth));
     has_moved |= addends_.reserve(rows * round_up(widest, kPanelWidth));
     has_moved |= branch_.reserve(N * widths[0] * floats);
   }
+  if (uses_library()) products_.reserve(N * stride_of(widest) * floats);
   if (has_moved) forget_graphs();
 }
 
@@ -274,6 +282,23 @@ void Decoder::add_low_rank(const uint16_t* in, int64_t stride, const Matrix& w, 
   out->addend_of = step_.addend_of();
 }
 
+// out = product with the matrix of a layer that deltas `of` are for.
+void Decoder::multiply(const Matrix& w, int layer, Delta LayerDeltas::* of, LinearInput in,
+                       const LinearOutput& out) {
+  const int N = step_.shape().num_rows;
+  if (!uses_library()) return linear_decode(w, in, out, N, stream_);
+  if (in.stream) {
+    normalize(in.stream, in.stride, nullptr, in.norm, w.k, in.normed, in.stride, N, stream_);
+    in.rows = in.normed;
+  }
+  auto* products = products_.at<float>();
+  const int64_t stride = stride_of(w.n);
+  if (library_(matrix_number(layer, of), in.rows, in.stride, N, products, stride, stream_) != 0) {
+    throw std::runtime_error("the library could not multiply");
+  }
+  finish_products(w, products, stride, out, N, stream_);
+}
+
 // out = product of the normed stream, with the deltas of the rows that have some
 void Decoder::norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
                                 Delta LayerDeltas::* of, LinearOutput out) {
@@ -287,7 +312,7 @@ void Decoder::norm_and_multiply(const float* weight, const float* bias, const Ma
     in = {nullptr, normed, C, nullptr, {}, nullptr};
     add_low_rank(normed, C, w, layer, of, &out);
   }
-  linear_decode(w, in, out, N, stream_);
+  multiply(w, layer, of, in, out);
 }
 
 // stream += product, with the deltas of the rows that have some
@@ -305,7 +330,7 @@ void Decoder::add_product(const uint16_t* in, int64_t stride, const Matrix& w, i
     out.stream = nullptr;
     out.out = branch;
   }
-  linear_decode(w, {nullptr, in, stride, nullptr, {}, nullptr}, out, N, stream_);
+  multiply(w, layer, of, {nullptr, in, stride, nullptr, {}, nullptr}, out);
   if (!has_bottleneck) return;
   multiply_deltas(deltas(layer, of, true, w), step_.delta_rows(), branch, C, narrow_.at<float>(),
                   addends_.at<float>(), stream_);
@@ -322,7 +347,7 @@ void Decoder::launch_blocks() {
   const StepRows rows = step_.rows();
 
   embed(model_.embedding, model_.positions, round_up(config_.n_embd, kLanes), step_.tokens(),
-        nullptr, step_.positions(), x, C, N, stream_);
+        step_.drawn(), step_.positions(), x, C, N, stream_);
   const float* rotations = model_.frequencies ? rotations_.at<float>() : nullptr;
   if (rotations) {
     rotary_angles(step_.positions(), model_.frequencies, model_.rope_magnitude, config_.head_dim,
@@ -416,18 +441,21 @@ int Decoder::num_graphs() const {
 }
 
 void Decoder::forget_graphs() {
+  if (!graphs_.empty()) cudaStreamSynchronize(stream_);  // one may be on its way
   for (const auto& [shape, graph] : graphs_) {
     if (graph) cudaGraphExecDestroy(graph);
   }
   graphs_.clear();
 }
 
-void Decoder::run(const Batch& batch, Output output, const int64_t* targets,
+void Decoder::run(const Batch& batch, const Batch& admitted, Output output, const int64_t* targets,
                   const DrawSettings* settings, float* out) {
   const DeviceGuard guard(device_);
   std::vector<BlockCopy> copies;
-  const std::vector<Row> rows = admit(batch, config_, blocks_, &copies);
-  if (step_.gather(batch, rows, copies, output, targets, settings, has_graphs_)) forget_graphs();
+  const std::vector<Row> rows = admit(admitted, config_, blocks_, &copies);
+  if (step_.gather(batch, rows, copies, output, targets, settings, has_graphs_, stream_)) {
+    forget_graphs();
+  }
   step_.send(stream_);
   if (!copies.empty()) {  // first of all: sequences have these pages now, even if the step fails
     copy_pages(cache_.at(), layer_bytes_, config_.n_layer, block_bytes_, step_.copies(),
@@ -447,27 +475,42 @@ void Decoder::run(const Batch& batch, Output output, const int64_t* targets,
     }
   }
   step_.receive(stream_);
-  check(cudaStreamSynchronize(stream_), "running a step");
   for (const Row& row : rows) ++row.sequence->length;
 }
 
+void Decoder::run_and_wait(const Batch& batch, Output output, const int64_t* targets,
+                           const DrawSettings* settings, float* out) {
+  run(batch, batch, output, targets, settings, out);
+  step_.wait();
+}
+
 void Decoder::hidden(const Batch& batch, float* out) {
-  run(batch, Output::kHidden, nullptr, nullptr, out);
+  run_and_wait(batch, Output::kHidden, nullptr, nullptr, out);
 }
 
 void Decoder::logits(const Batch& batch, float* out) {
-  run(batch, Output::kLogits, nullptr, nullptr, out);
+  run_and_wait(batch, Output::kLogits, nullptr, nullptr, out);
 }
 
 void Decoder::logprobs(const Batch& batch, const int64_t* targets, float* out) {
   check_targets(batch, targets, config_.vocab_size);
-  run(batch, Output::kLogprobs, targets, nullptr, nullptr);
-  step_.copy_logprobs(batch.num_outputs, out);
+  run_and_wait(batch, Output::kLogprobs, targets, nullptr, nullptr);
+  step_.copy_logprobs(out);
 }
 
 void Decoder::sample(const Batch& batch, const DrawSettings* settings, Drawn* out) {
-  run(batch, Output::kSample, nullptr, settings, nullptr);
-  step_.copy_draws(settings, batch.num_outputs, out);
+  run_and_wait(batch, Output::kSample, nullptr, settings, nullptr);
+  step_.copy_draws(settings, out);
+}
+
+void Decoder::start_sample(const Batch& batch, const DrawSettings* settings) {
+  step_.check_draws(batch);
+  std::vector<int64_t> known(batch.tokens, batch.tokens + batch.num_tokens);
+  for (int64_t& token : known) token = std::max<int64_t>(token, 0);
+  Batch admitted = batch;
+  admitted.tokens = known.data();
+  run(batch, admitted, Output::kSample, nullptr, settings, nullptr);
+  step_.keep_draws();
 }
 
 }  // namespace leangpt::cuda

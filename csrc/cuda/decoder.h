@@ -23,6 +23,12 @@
 
 namespace leangpt::cuda {
 
+// A library's product, queued on a stream: products (num_rows, stride) float32 = bfloat16 rows
+// (num_rows, row_stride) times w^T. The matrices w of a layer are numbers 4 * layer + 0 to 3: qkv,
+// attn_out, mlp_in, mlp_out. Returns 0 where that could be done.
+using LibraryProduct = int (*)(int matrix, const void* rows, int64_t row_stride, int num_rows,
+                               float* products, int64_t stride, cudaStream_t stream);
+
 // Throws std::invalid_argument or std::runtime_error unless the kernels run on a device.
 void check_device(int device);
 int64_t free_memory(int device);  // bytes
@@ -49,6 +55,16 @@ class Decoder {
   void logprobs(const Batch& batch, const int64_t* targets, float* out);
   void sample(const Batch& batch, const DrawSettings* settings, Drawn* out);
 
+  // `sample` in two parts. The next step may start before the draws of this one are taken, and
+  // token -1 - i of its batch is what draw i of this one will be. Draws are taken in the order of
+  // the steps, with the settings of each.
+  void start_sample(const Batch& batch, const DrawSettings* settings);
+  void take_draws(const DrawSettings* settings, Drawn* out) { step_.take_draws(settings, out); }
+
+  // Have a library make the products of steps of more than kMaxPaddedRows rows with the matrices
+  // of layers. Bits depend on the rows of a step from then on.
+  void use_library(LibraryProduct product) { library_ = product; }
+
  private:
   void upload();
   void upload(Matrix* w);
@@ -57,12 +73,17 @@ class Decoder {
   template <class T>
   void upload(const T** data, int64_t count);
 
-  // Append a batch and compute an output, as far as its results on the device; rows of hidden
-  // states and logits go to `out`.
-  void run(const Batch& batch, Output output, const int64_t* targets, const DrawSettings* settings,
-           float* out);
+  // Start to append a batch and to compute an output, and to copy its results; rows of hidden
+  // states and logits go to `out`. `admitted` is the batch with known tokens alone.
+  void run(const Batch& batch, const Batch& admitted, Output output, const int64_t* targets,
+           const DrawSettings* settings, float* out);
+  void run_and_wait(const Batch& batch, Output output, const int64_t* targets,
+                    const DrawSettings* settings, float* out);
   void reserve();
   void launch_blocks();
+  bool uses_library() const { return library_ && step_.shape().num_rows > kMaxPaddedRows; }
+  void multiply(const Matrix& w, int layer, Delta LayerDeltas::* of, LinearInput in,
+                const LinearOutput& out);
   void norm_and_multiply(const float* weight, const float* bias, const Matrix& w, int layer,
                          Delta LayerDeltas::* of, LinearOutput out);
   void add_product(const uint16_t* in, int64_t stride, const Matrix& w, int layer,
@@ -109,7 +130,9 @@ class Decoder {
   Step step_;
   DeviceBuffer stream_rows_, normed_, rotations_, qkv_, queries_, attended_, inner_, outputs_,
       scratch_;
-  DeviceBuffer narrow_, addends_, branch_;       // of rows with adapters
+  DeviceBuffer narrow_, addends_, branch_;  // of rows with adapters
+  LibraryProduct library_ = nullptr;
+  DeviceBuffer products_;                        // of the library
   std::map<StepShape, cudaGraphExec_t> graphs_;  // null: met once, and not captured yet
 };
 

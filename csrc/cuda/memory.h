@@ -54,6 +54,28 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+// A point in a stream's work that the host can wait for.
+class Event {
+ public:
+  Event() = default;
+  ~Event() {
+    if (event_) cudaEventDestroy(event_);
+  }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void record(cudaStream_t stream) {
+    if (!event_) {
+      check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+    }
+    check(cudaEventRecord(event_, stream), "cudaEventRecord");
+  }
+  void wait() const { check(cudaEventSynchronize(event_), "running a step"); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 // Bytes on the device that grow and are kept; zero where they were never written.
 class DeviceBuffer {
  public:
@@ -66,6 +88,7 @@ class DeviceBuffer {
   // What was there is lost where it has to grow; whether that happened.
   bool reserve(int64_t bytes) {
     if (bytes <= bytes_) return false;
+    // waits for a step that is on its way
     check(cudaFree(std::exchange(data_, nullptr)), "cudaFree");
     bytes_ = 0;
     check(cudaMalloc(&data_, bytes), "cudaMalloc");
@@ -73,6 +96,20 @@ class DeviceBuffer {
     check(cudaMemset(data_, 0, bytes), "cudaMemset");
     // streams that do not wait for the default one might write there before it is done
     check(cudaStreamSynchronize(nullptr), "cudaMemset");
+    return true;
+  }
+
+  // As reserve, but what the work of a stream has left there is kept.
+  bool extend(int64_t bytes, cudaStream_t stream) {
+    if (bytes <= bytes_) return false;
+    DeviceBuffer larger;
+    larger.reserve(bytes);
+    if (data_) {
+      check(cudaMemcpyAsync(larger.data_, data_, bytes_, cudaMemcpyDeviceToDevice, stream),
+            "cudaMemcpyAsync");
+    }
+    std::swap(data_, larger.data_);
+    std::swap(bytes_, larger.bytes_);
     return true;
   }
 

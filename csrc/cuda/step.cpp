@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <unordered_map>
 
 namespace leangpt::cuda {
@@ -55,19 +57,33 @@ int Step::num_spare_pages(const ModelConfig& config) {
 
 bool Step::gather(const Batch& batch, const std::vector<Row>& rows,
                   const std::vector<BlockCopy>& copies, Output output, const int64_t* targets,
-                  const DrawSettings* settings, bool may_pad) {
+                  const DrawSettings* settings, bool may_pad, cudaStream_t stream) {
+  if (slots_[last_].is_kept) last_ = 1 - last_;
+  if (slots_[last_].is_kept) throw std::runtime_error("two steps have draws that nobody took");
   num_copies_ = static_cast<int>(copies.size());
   set_shape(batch, rows, output, may_pad);
-  const bool has_moved = place(batch, settings);
+  const bool has_moved = place(batch, settings, stream);
   write_rows(batch, rows);
   static_assert(sizeof(BlockCopy) == 2 * sizeof(int32_t));
-  std::copy(copies.begin(), copies.end(), host_inputs_.at<BlockCopy>(copies_));
+  const PinnedBuffer& inputs = slots_[last_].inputs;
+  std::copy(copies.begin(), copies.end(), inputs.at<BlockCopy>(copies_));
   if (targets) {
-    auto* copies = host_inputs_.at<int64_t>(targets_);
+    auto* copies = inputs.at<int64_t>(targets_);
     std::fill(std::copy_n(targets, batch.num_outputs, copies), copies + shape_.num_outputs, 0);
   }
   if (settings) write_settings(settings, batch.num_outputs);
+  if (output == Output::kSample) num_draws_ = batch.num_outputs;
   return has_moved;
+}
+
+void Step::check_draws(const Batch& batch) const {
+  for (int64_t i = 0; i < batch.num_tokens; ++i) {
+    if (-1 - batch.tokens[i] >= num_draws_) {
+      throw std::invalid_argument("token " + std::to_string(batch.tokens[i]) +
+                                  " stands for a draw of the step before, which drew " +
+                                  std::to_string(num_draws_));
+    }
+  }
 }
 
 void Step::set_shape(const Batch& batch, const std::vector<Row>& rows, Output output,
@@ -129,7 +145,7 @@ void Step::gather_adapters(const std::vector<Row>& rows) {
 }
 
 // Lay out inputs and results, in buffers that are large enough; whether one of the device's moved.
-bool Step::place(const Batch& batch, const DrawSettings* settings) {
+bool Step::place(const Batch& batch, const DrawSettings* settings, cudaStream_t stream) {
   table_stride_ = round_up(shape_.max_keys, kPageSize) / kPageSize;
   int64_t num_tops = 0, num_context_tokens = 0;
   for (int64_t i = 0; settings && i < batch.num_outputs; ++i) {
@@ -154,30 +170,38 @@ bool Step::place(const Batch& batch, const DrawSettings* settings) {
   context_ = inputs.add<int64_t>(num_context_tokens);
   input_bytes_ = inputs.bytes();
 
+  Slot& slot = slots_[last_];
+  slot.num_outputs = batch.num_outputs;
+  slot.num_draws = shape_.output == Output::kSample ? batch.num_outputs : 0;
   Layout results;
   if (shape_.output == Output::kLogprobs) results.add<float>(shape_.num_outputs);
-  if (shape_.output == Output::kSample) results.add<Drawn>(shape_.num_outputs);
-  top_tokens_ = results.add<int64_t>(num_tops);
-  top_logprobs_ = results.add<double>(num_tops);
-  result_bytes_ = results.bytes();
+  slot.top_tokens = results.add<int64_t>(num_tops);
+  slot.top_logprobs = results.add<double>(num_tops);
+  slot.result_bytes = results.bytes();
+  slot.rest = round_up(slot.num_draws * static_cast<int64_t>(sizeof(Drawn)), 64);
 
   // in large pieces, so that they seldom move
   const int64_t input_room = round_up(input_bytes_, kRoomBytes);
-  const int64_t result_room = round_up(result_bytes_, kRoomBytes);
-  host_inputs_.reserve(input_room);
-  host_results_.reserve(result_room);
-  const bool have_inputs_moved = inputs_.reserve(input_room);
-  return results_.reserve(result_room) || have_inputs_moved;
+  const int64_t result_room = round_up(slot.result_bytes, kRoomBytes);
+  slot.inputs.reserve(input_room);
+  slot.results.reserve(round_up(slot.rest + slot.result_bytes, kRoomBytes));
+  bool has_moved = inputs_.reserve(input_room);
+  has_moved |= results_.reserve(result_room);
+  if (slot.num_draws) {
+    has_moved |= drawn_.extend(shape_.num_outputs * static_cast<int64_t>(sizeof(Drawn)), stream);
+  }
+  return has_moved;
 }
 
 void Step::write_rows(const Batch& batch, const std::vector<Row>& rows) {
-  auto* tokens = host_inputs_.at<int32_t>(tokens_);
-  auto* positions = host_inputs_.at<int32_t>(positions_);
-  auto* places = host_inputs_.at<int32_t>(places_);
-  auto* table_of = host_inputs_.at<int32_t>(table_of_at_);
-  auto* block_tables = host_inputs_.at<int32_t>(block_tables_);
-  auto* output_rows = host_inputs_.at<int32_t>(output_rows_);
-  auto* tiles = host_inputs_.at<AttentionTile>(tiles_);
+  const PinnedBuffer& inputs = slots_[last_].inputs;
+  auto* tokens = inputs.at<int32_t>(tokens_);
+  auto* positions = inputs.at<int32_t>(positions_);
+  auto* places = inputs.at<int32_t>(places_);
+  auto* table_of = inputs.at<int32_t>(table_of_at_);
+  auto* block_tables = inputs.at<int32_t>(block_tables_);
+  auto* output_rows = inputs.at<int32_t>(output_rows_);
+  auto* tiles = inputs.at<AttentionTile>(tiles_);
   const int num_rows = static_cast<int>(rows.size());
   for (int i = 0; i < num_rows; ++i) {
     tokens[i] = static_cast<int32_t>(batch.tokens[i]);
@@ -207,9 +231,10 @@ void Step::write_rows(const Batch& batch, const std::vector<Row>& rows) {
 }
 
 void Step::write_adapters() {
-  auto* rows = host_inputs_.at<int32_t>(delta_rows_);
-  auto* tiles = host_inputs_.at<DeltaTile>(delta_tiles_);
-  auto* addend_of = host_inputs_.at<int32_t>(addend_of_);
+  const PinnedBuffer& inputs = slots_[last_].inputs;
+  auto* rows = inputs.at<int32_t>(delta_rows_);
+  auto* tiles = inputs.at<DeltaTile>(delta_tiles_);
+  auto* addend_of = inputs.at<int32_t>(addend_of_);
   std::fill_n(addend_of, shape_.num_rows, -1);
   std::fill_n(tiles, shape_.num_delta_tiles, DeltaTile{});
   int32_t first = 0;
@@ -228,10 +253,11 @@ void Step::write_adapters() {
 }
 
 void Step::write_settings(const DrawSettings* settings, int64_t count) {
-  auto* copies = host_inputs_.at<DrawSettings>(settings_);
-  int64_t context = context_, top_tokens = top_tokens_, top_logprobs = top_logprobs_;
+  const Slot& slot = slots_[last_];
+  auto* copies = slot.inputs.at<DrawSettings>(settings_);
+  int64_t context = context_, top_tokens = slot.top_tokens, top_logprobs = slot.top_logprobs;
   const auto add_context = [&](const int64_t* tokens, int64_t length) {
-    std::copy_n(tokens, length, host_inputs_.at<int64_t>(context));
+    std::copy_n(tokens, length, slot.inputs.at<int64_t>(context));
     const auto* on_device = inputs_.at<int64_t>(context);
     context += length * static_cast<int64_t>(sizeof(int64_t));
     return on_device;
@@ -257,8 +283,8 @@ void Step::write_settings(const DrawSettings* settings, int64_t count) {
 }
 
 void Step::send(cudaStream_t stream) {
-  check(cudaMemcpyAsync(inputs_.at(), host_inputs_.at(), input_bytes_, cudaMemcpyHostToDevice,
-                        stream),
+  check(cudaMemcpyAsync(inputs_.at(), slots_[last_].inputs.at(), input_bytes_,
+                        cudaMemcpyHostToDevice, stream),
         "copying a step's inputs");
 }
 
@@ -273,21 +299,39 @@ DeltaRows Step::delta_rows() const {
 }
 
 void Step::receive(cudaStream_t stream) {
-  if (result_bytes_ == 0) return;
-  check(cudaMemcpyAsync(host_results_.at(), results_.at(), result_bytes_, cudaMemcpyDeviceToHost,
-                        stream),
-        "copying a step's results");
+  Slot& slot = slots_[last_];
+  const auto copy = [&](int64_t to, const DeviceBuffer& from, int64_t bytes) {
+    if (bytes == 0) return;
+    check(cudaMemcpyAsync(slot.results.at(to), from.at(), bytes, cudaMemcpyDeviceToHost, stream),
+          "copying a step's results");
+  };
+  copy(0, drawn_, slot.num_draws * static_cast<int64_t>(sizeof(Drawn)));
+  copy(slot.rest, results_, slot.result_bytes);
+  slot.is_done.record(stream);
 }
 
-void Step::copy_logprobs(int64_t count, float* out) const {
-  std::copy_n(host_results_.at<float>(), count, out);
+void Step::copy_logprobs(float* out) const {
+  const Slot& slot = slots_[last_];
+  std::copy_n(slot.results.at<float>(slot.rest), slot.num_outputs, out);
 }
 
-void Step::copy_draws(const DrawSettings* settings, int64_t count, Drawn* out) const {
-  std::copy_n(host_results_.at<Drawn>(), count, out);
-  const auto* tokens = host_results_.at<int64_t>(top_tokens_);
-  const auto* logprobs = host_results_.at<double>(top_logprobs_);
-  for (int64_t i = 0; i < count; ++i) {
+void Step::copy_draws(const DrawSettings* settings, Drawn* out) const {
+  copy_draws(slots_[last_], settings, out);
+}
+
+void Step::take_draws(const DrawSettings* settings, Drawn* out) {
+  Slot& slot = slots_[slots_[1 - last_].is_kept ? 1 - last_ : last_];
+  if (!slot.is_kept) throw std::runtime_error("there are no draws to take");
+  slot.is_kept = false;
+  slot.is_done.wait();
+  copy_draws(slot, settings, out);
+}
+
+void Step::copy_draws(const Slot& slot, const DrawSettings* settings, Drawn* out) const {
+  std::copy_n(slot.results.at<Drawn>(), slot.num_draws, out);
+  const auto* tokens = slot.results.at<int64_t>(slot.rest + slot.top_tokens);
+  const auto* logprobs = slot.results.at<double>(slot.rest + slot.top_logprobs);
+  for (int64_t i = 0; i < slot.num_draws; ++i) {
     const int64_t num_tops = num_top(settings[i], config_.vocab_size);
     std::copy_n(tokens, num_tops, settings[i].top_tokens);
     std::copy_n(logprobs, num_tops, settings[i].top_logprobs);

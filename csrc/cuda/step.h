@@ -1,5 +1,6 @@
 // What a step needs on the device, gathered on the host and copied there at once; and its results,
-// on their way back.
+// on their way back. While a step that draws tokens is on its way, the next one may be gathered, in
+// other memory of the host, with tokens in it that are not known here yet.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -46,11 +47,15 @@ class Step {
   Step(const ModelConfig& config, int32_t first_spare_page);
   static int num_spare_pages(const ModelConfig& config);
 
-  // Take in a batch whose rows were admitted. `targets` and `settings` are for the output that
-  // needs them. Returns whether device memory has moved, which graphs hold addresses of.
+  // Take in a batch whose rows were admitted; steps are in the work of `stream`. `targets` and
+  // `settings` are for the output that needs them. Returns whether device memory has moved, which
+  // graphs hold addresses of. Token -1 - i is that of draw i of the last step that drew any, whose
+  // draws are kept.
   bool gather(const Batch& batch, const std::vector<Row>& rows,
               const std::vector<BlockCopy>& copies, Output output, const int64_t* targets,
-              const DrawSettings* settings, bool may_pad);
+              const DrawSettings* settings, bool may_pad, cudaStream_t stream);
+  // Throws std::invalid_argument where a token below 0 stands for no draw.
+  void check_draws(const Batch& batch) const;
   void send(cudaStream_t stream);
 
   const StepShape& shape() const { return shape_; }
@@ -67,17 +72,32 @@ class Step {
   const int64_t* targets() const { return inputs_.at<int64_t>(targets_); }
   const DrawSettings* settings() const { return inputs_.at<DrawSettings>(settings_); }
   float* logprobs() const { return results_.at<float>(); }
-  Drawn* drawn() const { return results_.at<Drawn>(); }
+  Drawn* drawn() const { return drawn_.at<Drawn>(); }
 
-  // Log-probabilities or draws, for once the stream is done.
+  // Have the results copied to the host, behind what is in the stream. What waits for them waits
+  // for nothing else.
   void receive(cudaStream_t stream);
-  void copy_logprobs(int64_t count, float* out) const;
-  void copy_draws(const DrawSettings* settings, int64_t count, Drawn* out) const;
+  void wait() const { slots_[last_].is_done.wait(); }
+  void copy_logprobs(float* out) const;
+  void copy_draws(const DrawSettings* settings, Drawn* out) const;
+  // Keep the draws until they are taken, in the order of the steps; two steps may be kept.
+  void keep_draws() { slots_[last_].is_kept = true; }
+  void take_draws(const DrawSettings* settings, Drawn* out);
 
  private:
+  // The host's memory of a step that is on its way.
+  struct Slot {
+    PinnedBuffer inputs, results;  // draws, then the rest
+    Event is_done;
+    bool is_kept = false;
+    int64_t num_outputs, num_draws;
+    int64_t rest, top_tokens, top_logprobs, result_bytes;  // where things lie in the results
+  };
+
+  void copy_draws(const Slot& slot, const DrawSettings* settings, Drawn* out) const;
   void set_shape(const Batch& batch, const std::vector<Row>& rows, Output output, bool may_pad);
   void gather_adapters(const std::vector<Row>& rows);
-  bool place(const Batch& batch, const DrawSettings* settings);
+  bool place(const Batch& batch, const DrawSettings* settings, cudaStream_t stream);
   void write_rows(const Batch& batch, const std::vector<Row>& rows);
   void write_adapters();
   void write_settings(const DrawSettings* settings, int64_t count);
@@ -92,13 +112,14 @@ class Step {
   std::map<int32_t, std::vector<int32_t>> adapted_;  // rows by adapter
   int num_copies_;
 
-  PinnedBuffer host_inputs_, host_results_;
-  DeviceBuffer inputs_, results_;
-  // where things lie in them, in bytes
+  Slot slots_[2];
+  int last_ = 0;           // the slot of the last step
+  int64_t num_draws_ = 0;  // that tokens may stand for
+  DeviceBuffer inputs_, results_, drawn_;
+  // where things lie in the inputs, in bytes
   int64_t tokens_, positions_, places_, table_of_at_, block_tables_, output_rows_, tiles_,
       delta_rows_, delta_tiles_, addend_of_, targets_, settings_, copies_, context_, input_bytes_;
   int64_t table_stride_;
-  int64_t top_tokens_, top_logprobs_, result_bytes_;
 };
 
 }  // namespace leangpt::cuda

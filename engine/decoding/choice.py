@@ -29,6 +29,7 @@ def load_decoder(
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str" = "cpu",
     num_blocks: int | None = None,
+    exact: bool = True,
 ) -> tuple[Decoder, Path]:
     """Load a model into the decoder that runs it; with the folder that its tokenizer is in.
 
@@ -39,6 +40,8 @@ def load_decoder(
         dtype: as of `load_model`, where the model is not packed; None: float32, on a GPU bfloat16.
         device: where it runs; "auto": on a GPU, where there is one, and a decoder there that has what was asked for.
         num_blocks: pages in a native decoder's cache, see there.
+        exact: False: on a GPU, the same bits in any company are given up for the speed of prompts, see `CudaDecoder`; an
+            error where that decoder does not run the model.
 
     Raises:
         ValueError: a packed file is to have another format or dtype than it has, or cannot run on the device.
@@ -47,7 +50,7 @@ def load_decoder(
     packed_file = _packed_file(name)
     if packed_file is not None:
         if format is None and dtype is None:
-            return _packed_decoder(packed_file, str(device), num_blocks), packed_file.parent
+            return _packed_decoder(packed_file, str(device), num_blocks, exact), packed_file.parent
         if packed_file == Path(name):
             raise ValueError(
                 f"{name} is packed in a format of its own: leave out format and dtype, or name the model that it was made from"
@@ -57,14 +60,14 @@ def load_decoder(
 
     path = resolve_model(name)
     if device == "auto":
-        needs_native = format is not None or num_blocks is not None
+        needs_native = format is not None or num_blocks is not None or not exact
         device = "cpu" if needs_native and decode.cuda_obstacle() else default_device()
     is_on_gpu = _gpu(str(device)) is not None
     if is_on_gpu and format is None and dtype is None:
         dtype = "bfloat16"
     # what goes to a GPU is packed on the CPU
     model = load_model(path, dtype=dtype, device="cpu" if is_on_gpu else device)
-    decoder = decoder_of(model, format=format, num_blocks=num_blocks, device=device)
+    decoder = decoder_of(model, format=format, num_blocks=num_blocks, device=device, exact=exact)
     return decoder, path if path.is_dir() else path.parent
 
 
@@ -74,6 +77,7 @@ def decoder_of(
     format: str | None = None,
     num_blocks: int | None = None,
     device: "torch.device | str | None" = None,
+    exact: bool = True,
 ) -> Decoder:
     """A decoder of a model.
 
@@ -84,9 +88,11 @@ def decoder_of(
         format: in which a native decoder holds the weights, such as "int8"; None: that of the model's dtype.
         num_blocks: pages in a native decoder's cache, see there.
         device: where it runs; None: where the model is.
+        exact: False: as of `load_decoder`.
 
     Raises:
-        ValueError: one of these was asked for, and the native decoder cannot run the model.
+        ValueError: one of these was asked for, and the native decoder cannot run the model; exact=False, and it is not the
+            one for GPUs.
     """
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
     device = str(device or model.device)
@@ -94,10 +100,9 @@ def decoder_of(
     if obstacle is None:
         packed = pack_model(model, format or _FORMATS[dtype])
         gpu = _gpu(device)
-        if gpu is None:
-            return NativeDecoder(packed, num_blocks)
-        return CudaDecoder(packed, num_blocks, device=gpu)
-    for name, value in (("format", format), ("num_blocks", num_blocks)):
+        return _native_decoder(packed, num_blocks, gpu, exact)
+    options = ("format", format), ("num_blocks", num_blocks), ("exact", None if exact else False)
+    for name, value in options:
         if value is not None:
             raise ValueError(f"{name}={value!r} needs the native decoder, but {obstacle}")
     is_slow = device == "cpu" and decode.unavailable_reason is not None
@@ -123,18 +128,28 @@ def _native_obstacle(config: GPTConfig, dtype: str, format: str | None, device: 
     return cuda_obstacle(config, WeightFormat.parse(format or _FORMATS[dtype]), gpu)
 
 
-def _packed_decoder(path: Path, device: str, num_blocks: int | None) -> Decoder:
+def _native_decoder(
+    packed: PackedModel, num_blocks: int | None, gpu: int | None, exact: bool
+) -> NativeDecoder:
+    if gpu is not None:
+        return CudaDecoder(packed, num_blocks, device=gpu, exact=exact)
+    if not exact:
+        raise ValueError("exact=False is for decoding on CUDA: on a CPU nothing is gained by it")
+    return NativeDecoder(packed, num_blocks)
+
+
+def _packed_decoder(path: Path, device: str, num_blocks: int | None, exact: bool) -> Decoder:
     packed = PackedModel.load(path)
     gpu = 0 if device == "auto" else _gpu(device)
     if gpu is not None:
         obstacle = cuda_obstacle(packed.config, packed.format, gpu)
         if obstacle is None:
-            return CudaDecoder(packed, num_blocks, device=gpu)
+            return _native_decoder(packed, num_blocks, gpu, exact)
         if device != "auto":
             raise ValueError(f"{path} cannot run on {device}: {obstacle}")
     elif device != "cpu":
         raise ValueError(f"a packed model runs on a CPU or on CUDA, not on {device!r}")
-    return NativeDecoder(packed, num_blocks)
+    return _native_decoder(packed, num_blocks, None, exact)
 
 
 def _gpu(device: str) -> int | None:

@@ -5,7 +5,7 @@ many, and a batch may mix both. Its two implementations are `leangpt.decoding.to
 needs no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -118,6 +118,29 @@ class Decoder(Protocol):
         Raises:
             ValueError, CacheFull: as `forward`.
             RuntimeError: logits are NaN.
+        """
+        ...
+
+
+@runtime_checkable
+class AsyncDecoder(Decoder, Protocol):
+    """A decoder that can start a step before the draws of the one before are read."""
+
+    def start_sample(
+        self,
+        tokens: Ints,
+        sequences: Ints,
+        positions: Ints,
+        output_rows: Ints,
+        rows: Sequence[RowSampling],
+    ) -> Callable[[], list[Draw]]:
+        """Start `sample`; what is returned waits for the draws, and must be called once.
+
+        The next step may be started before that, and no more than one. Its token -1 - i stands for draw i of this one, whatever that
+        will be. Draws are read in the order of the steps.
+
+        Raises:
+            ValueError, CacheFull: as `forward`. The call that waits: RuntimeError where logits are NaN.
         """
         ...
 

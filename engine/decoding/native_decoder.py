@@ -202,7 +202,7 @@ class NativeDecoder:
             raise ValueError(f"output must be one of {get_args(Output)}, got {output!r}")
         if (output == "logprob_of") != (targets is not None):
             raise ValueError("targets go with output='logprob_of', and only with it")
-        batch, arrays = _batch(tokens, sequences, positions, output_rows)
+        batch, arrays = batch_of(tokens, sequences, positions, output_rows)
         num_outputs = batch.num_outputs
         if output == "logprob_of":
             wanted = np.ascontiguousarray(targets, dtype=np.int64)
@@ -230,28 +230,41 @@ class NativeDecoder:
         output_rows: Ints,
         rows: Sequence[RowSampling],
     ) -> list[Draw]:
-        batch, arrays = _batch(tokens, sequences, positions, output_rows)
-        if len(rows) != batch.num_outputs:
-            raise ValueError(f"rows must be {batch.num_outputs} as output_rows, got {len(rows)}")
-        settings = (decode.DrawSettings * len(rows))()
-        room = [
-            _fill(setting, row, self.config.vocab_size)
-            for setting, row in zip(settings, rows, strict=True)
-        ]
-        drawn = (decode.Drawn * len(rows))()
-        self._check(self._lib.leangpt_sample(self._handle, byref(batch), settings, drawn))
-        if any(d.token < 0 for d in drawn):
-            raise RuntimeError(
-                "the model's logits are NaN: its weights are damaged, or too large for its dtype"
-            )
+        batch, arrays = batch_of(tokens, sequences, positions, output_rows)
+        draws = Draws(rows, batch.num_outputs, self.config.vocab_size)
+        self._check(
+            self._lib.leangpt_sample(self._handle, byref(batch), draws.settings, draws.drawn)
+        )
         del arrays  # what the batch points to was needed until here
-        return [_draw(*one) for one in zip(drawn, room, rows, strict=True)]
+        return draws.read()
 
     def _check(self, status: int) -> None:
         try:
             decode.check(status, self._lib)
         except decode.CacheFullError as error:
             raise CacheFull(str(error)) from None
+
+
+class Draws:
+    """How the tokens after some rows are drawn, and room for what is drawn, as the engine takes them."""
+
+    def __init__(self, rows: Sequence[RowSampling], num_outputs: int, vocab_size: int) -> None:
+        if len(rows) != num_outputs:
+            raise ValueError(f"rows must be {num_outputs} as output_rows, got {len(rows)}")
+        self.settings = (decode.DrawSettings * len(rows))()
+        self.drawn = (decode.Drawn * len(rows))()
+        self._rows = rows
+        self._room = [
+            _fill(setting, row, vocab_size)
+            for setting, row in zip(self.settings, rows, strict=True)
+        ]
+
+    def read(self) -> list[Draw]:
+        if any(d.token < 0 for d in self.drawn):
+            raise RuntimeError(
+                "the model's logits are NaN: its weights are damaged, or too large for its dtype"
+            )
+        return [_draw(*one) for one in zip(self.drawn, self._room, self._rows, strict=True)]
 
 
 def pack_model(model: "GPT", format: str) -> PackedModel:
@@ -284,7 +297,7 @@ def pack_model(model: "GPT", format: str) -> PackedModel:
     return pack(model.config, weights, frequencies, magnitude, weight_format)
 
 
-def _batch(
+def batch_of(
     tokens: Ints, sequences: Ints, positions: Ints, output_rows: Ints
 ) -> tuple[decode.Batch, list[Any]]:
     """The engine's view of a batch, and the arrays that it points to."""

@@ -75,10 +75,15 @@ class Draft:
         """Tokens that may still be drawn."""
         return self.request.max_new_tokens - len(self._draws)
 
-    def sampling(self, guesses: Sequence[int] = ()) -> RowSampling:
-        """How the next token is drawn; with guesses, the one after these."""
+    @property
+    def is_penalized(self) -> bool:
+        """Whether a token can only be drawn where those before it are known."""
         params = self.request.params
-        is_penalized = params.repetition_penalty != 1
+        return params.repetition_penalty != 1 or params.presence_penalty != 0
+
+    def sampling(self, guesses: Sequence[int] = (), num_unread: int = 0) -> RowSampling:
+        """How the next token is drawn; with guesses, the one after these; with unread tokens, which only the decoder knows, after them."""
+        params = self.request.params
         return RowSampling(
             temperature=params.temperature,
             top_k=params.top_k or 0,
@@ -86,10 +91,10 @@ class Draft:
             min_p=params.min_p,
             seed=self.request.seed,
             sample_index=self.index,
-            position=len(self.tokens) + len(guesses),
+            position=len(self.tokens) + num_unread + len(guesses),
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
-            context=[*self.tokens, *guesses] if is_penalized else (),
+            context=[*self.tokens, *guesses] if params.repetition_penalty != 1 else (),
             text=[*self.drawn, *guesses] if params.presence_penalty != 0 else (),
             vocab_limit=self.request.vocab_limit,
             logprobs=params.logprobs,

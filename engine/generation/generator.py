@@ -86,16 +86,17 @@ class Generator:
         dtype: "torch.dtype | str | None" = None,
         device: "torch.device | str" = "cpu",
         num_blocks: int | None = None,
+        exact: bool = True,
         **options: Any,
     ) -> Self:
         """Load a model with its tokenizer and chat template.
 
         Args:
-            name, format, dtype, device, num_blocks: see `load_decoder`.
+            name, format, dtype, device, num_blocks, exact: see `load_decoder`.
             options: of `Generator`.
         """
         decoder, folder = load_decoder(
-            name, format=format, dtype=dtype, device=device, num_blocks=num_blocks
+            name, format=format, dtype=dtype, device=device, num_blocks=num_blocks, exact=exact
         )
         return cls(decoder, load_tokenizer(folder), ChatTemplate.load(folder), **options)
 

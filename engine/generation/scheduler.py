@@ -3,14 +3,18 @@
 Drafts join as others finish, in the order in which they came. Each step takes all tokens that a draft's sequence does not hold
 yet: a piece of the prompt at first, then the one drawn last, and guesses of what follows it; decoding is nothing else. A prompt
 of several completions runs once, and they fork from it.
+
+With an `AsyncDecoder` a step starts before the draws of the one before are read, so that the device works while they are: the
+tokens drawn last are left for it to fill in. A draft that these end has then taken part in one step too many, whose draw is
+forgotten.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
-from ..decoding.decoder import Decoder
+from ..decoding.decoder import AsyncDecoder, Decoder
 from ..decoding.sampling import Draw, RowSampling
 from .budget import CacheBudget
 from .completion import Draft
@@ -28,6 +32,8 @@ class _Growing:
     length: int = 0
     draft: Draft | None = None
     lookup: PromptLookup | None = None
+    unread: "_Piece | None" = None  # of the step that is on its way, which draws the next token
+    is_dropped: bool = False
 
 
 @dataclass(eq=False)
@@ -38,6 +44,19 @@ class _Piece:
     tokens: Sequence[int]
     draft: Draft | None  # whose next token is drawn, because the sequence then holds all before it
     guesses: list[int] = field(default_factory=list)
+    first_draw: int = 0  # of the step
+
+    @property
+    def is_alive(self) -> bool:
+        return not (self.owner.is_dropped or self.owner.job.is_done)
+
+
+@dataclass
+class _Step:
+    """A step of the decoder that is on its way."""
+
+    pieces: list[_Piece]
+    read: Callable[[], list[Draw]]
 
 
 class Scheduler:
@@ -62,10 +81,11 @@ class Scheduler:
         self._running: list[_Growing] = []  # of a draft each
         # of several completions: their prompt but its last token; None once the last of them has taken the sequence over
         self._prompts: dict[Generation, _Growing | None] = {}
+        self._step: _Step | None = None  # whose draws are not read yet
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._step)
 
     @property
     def num_waiting(self) -> int:
@@ -90,6 +110,7 @@ class Scheduler:
             prompt = self._prompts.pop(job)
             self.budget.give_back(self.budget.blocks_of_prompt(job.request))
             if prompt is not None:
+                prompt.is_dropped = True
                 self.decoder.drop(prompt.sequence)
         job.finish(error)
 
@@ -100,15 +121,36 @@ class Scheduler:
             may_begin: whether jobs may start of which nothing has; those that hold a prompt must come to their end.
         """
         self._start_waiting(may_begin)
+        before, self._step = self._step, None
         pieces = self._pieces()
-        if not pieces:
-            return
-        jobs = list(dict.fromkeys(piece.owner.job for piece in pieces))
+        if pieces:
+            self._attempt(pieces, self._start)
+        if before is not None:
+            self._finish(before)
+        if self._step is not None and not self._may_run_ahead():
+            step, self._step = self._step, None
+            self._finish(step)
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be told without the draws of this one."""
+        if self.speculate or not isinstance(self.decoder, AsyncDecoder):
+            return False
+        return not any(r.draft is not None and r.draft.is_penalized for r in self._running)
+
+    def _attempt(self, pieces: list[_Piece], work: Callable[[list[_Piece]], None]) -> bool:
+        """Whether the work on pieces went well; what went wrong ends their jobs."""
         try:
-            self._run(pieces)
+            work(pieces)
         except BaseException as error:  # not ours: whoever waits for the text shall see it
-            for job in jobs:
+            for job in _jobs(pieces):
                 self.end(job, error)
+            return False
+        return True
+
+    def _finish(self, step: _Step) -> None:
+        """Take a step's draws, and tell those who wait for them."""
+        jobs = _jobs(step.pieces)
+        if not self._attempt(step.pieces, lambda pieces: self._take_all(pieces, step.read())):
             return
         for job in jobs:
             is_complete = len(job.drafts) == job.request.params.n
@@ -176,8 +218,10 @@ class Scheduler:
         pieces = []
         for owner in (*self._running, *filter(None, self._prompts.values())):
             tokens = owner.tokens[owner.length : owner.length + room]
+            if owner.unread is not None and room and owner.draft and owner.draft.num_left > 1:
+                tokens = [-1 - owner.unread.first_draw]
             if tokens:
-                is_all = owner.length + len(tokens) == len(owner.tokens)
+                is_all = owner.length + len(tokens) >= len(owner.tokens)
                 pieces.append(_Piece(owner, tokens, owner.draft if is_all else None))
                 room -= len(tokens)
         for piece in pieces:
@@ -187,7 +231,7 @@ class Scheduler:
                 room -= len(piece.guesses)
         return pieces
 
-    def _run(self, pieces: Sequence[_Piece]) -> None:
+    def _start(self, pieces: list[_Piece]) -> None:
         tokens: list[int] = []
         sequences: list[int] = []
         positions: list[int] = []
@@ -201,13 +245,29 @@ class Scheduler:
             tokens += new_tokens
             if piece.draft is not None:
                 count = len(piece.guesses) + 1
+                piece.first_draw = len(rows)
                 output_rows += range(len(tokens) - count, len(tokens))
-                rows += [piece.draft.sampling(piece.guesses[:i]) for i in range(count)]
-        draws = iter(self.decoder.sample(tokens, sequences, positions, output_rows, rows))
+                num_unread = int(owner.unread is not None)
+                rows += [piece.draft.sampling(piece.guesses[:i], num_unread) for i in range(count)]
+        step = tokens, sequences, positions, output_rows, rows
+        if isinstance(self.decoder, AsyncDecoder):
+            read = self.decoder.start_sample(*step)
+        else:
+            draws = self.decoder.sample(*step)
+            read = lambda: draws  # noqa: E731
+        self._step = _Step(pieces, read)
         for piece in pieces:
             piece.owner.length += len(piece.tokens)
             if piece.draft is not None:
-                self._take(piece, piece.draft, list(islice(draws, len(piece.guesses) + 1)))
+                piece.owner.unread = piece
+
+    def _take_all(self, pieces: list[_Piece], draws: list[Draw]) -> None:
+        for piece in pieces:
+            if piece.owner.unread is piece:
+                piece.owner.unread = None
+            if piece.draft is not None and piece.is_alive:
+                end = piece.first_draw + len(piece.guesses) + 1
+                self._take(piece, piece.draft, draws[piece.first_draw : end])
 
     def _take(self, piece: _Piece, draft: Draft, draws: Sequence[Draw]) -> None:
         """Append what was drawn after the last token, and after each guess as long as these were right."""
@@ -230,5 +290,11 @@ class Scheduler:
 
     def _drop(self, running: _Growing) -> None:
         self._running.remove(running)
+        running.is_dropped = True
         self.decoder.drop(running.sequence)
         self.budget.give_back(self.budget.blocks_of_draft(running.job.request))
+
+
+def _jobs(pieces: list[_Piece]) -> list[Generation]:
+    """Those that are not done."""
+    return list(dict.fromkeys(piece.owner.job for piece in pieces if piece.is_alive))

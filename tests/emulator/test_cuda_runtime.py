@@ -266,6 +266,24 @@ def test_events_order_streams(api, library, x, y):
     assert "the handle is not valid, or was destroyed" in reason()
 
 
+def test_an_event_is_waited_for_and_nothing_behind_it(api, library, x, y):
+    """What a copy brings to pinned memory is not there before its event, and work after it does not hold the host up."""
+    with cuda.settings(is_deferred=True):
+        stream, event = new(api.cudaStreamCreateWithFlags, NON_BLOCKING), new(api.cudaEventCreate)
+        results = [Pinned(torch.zeros(100)), Pinned(torch.zeros(100))]
+        for i, result in enumerate(results):
+            scale(library, x, y, 2 + i, stream)
+            api.cudaMemcpyAsync(result.address, y, c_size_t(400), TO_HOST, stream)
+            if i == 0:
+                api.cudaEventRecord(event, stream)
+        assert (results[0].tensor == 0).all()  # read too early
+        assert api.cudaEventSynchronize(event) == 0
+        assert torch.equal(results[0].tensor, 2 * torch.arange(100.0))
+        assert (results[1].tensor == 0).all()
+        assert api.cudaStreamSynchronize(stream) == 0
+        assert torch.equal(results[1].tensor, 3 * torch.arange(100.0))
+
+
 def test_memory_freed_in_a_stream_lasts_until_its_turn(api, library, y):
     with cuda.settings(is_deferred=True):
         stream = new(api.cudaStreamCreateWithFlags, NON_BLOCKING)

@@ -305,6 +305,9 @@ def attention_varlen(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix product `x weight^T + bias`, accumulated in float32 or wider.
 
+    A GPU library's GEMM is the better choice for a product that stands alone: the Triton kernel runs only where
+    `use_backend` asks for it.
+
     Args:
         x: `(..., C)`.
         weight: `(N, C)`.
@@ -363,7 +366,8 @@ def mlp(
     """Two-layer perceptron of a block: `act(x w_in^T + b_in) w_out^T + b_out`; with residual `residual + dropout(that)`.
 
     `gelu_tanh` is GPT-2's GELU, `gelu` the exact one, `relu2` is `max(0, h)^2`, and `swiglu` is `silu(gate) * up` with
-    `(gate, up)` the two halves of the first product.
+    `(gate, up)` the two halves of the first product. In float32 a GPU library's GEMM is the better choice: the Triton
+    kernel, which has no tensor cores then, runs only where `use_backend` asks for it.
 
     Args:
         x: `(..., C)`.

@@ -1,8 +1,9 @@
 """Tests of GPU kernels: on the GPU where there is one; elsewhere the compiled kernels run on CPU tensors, in the emulator."""
 
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -28,6 +29,14 @@ def _autotuned_kernels() -> Iterator[Autotuner]:
 def order(request) -> str:
     """In which order the emulator runs blocks and warps, where it may choose."""
     return request.param
+
+
+@pytest.fixture
+def thread_orders() -> list[Callable[[], AbstractContextManager[None]]]:
+    """Blocks in which threads run in one order and in another, where anybody can choose."""
+    if torch.cuda.is_available():
+        return [nullcontext, nullcontext]
+    return [functools.partial(driver.options, seed=n, resident=3, preempt=50) for n in (0, 1)]
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import check_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leangpt.kernels import ops, triton_embedding, use_backend
@@ -52,6 +54,24 @@ def test_segments_of_any_length(num_tokens, device):
         check(tokens, weight)
     runs = torch.tensor([3, 1, 2, 0], device=device).repeat_interleave(num_tokens)
     check(runs.view(4, -1), torch.randn(4, 16, device=device))
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(B=st.integers(1, 5), T=st.integers(1, 40), V=st.integers(1, 50), seed=st.integers(0, 99))
+def test_any_tokens(B, T, V, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, weight, position_weight = make_inputs(B, T, 272, V, torch.bfloat16, device, seed)
+    check(tokens, weight, torch.arange(T, device=device)[None], position_weight)
+
+
+def test_same_bits_in_every_run(device, thread_orders):
+    tokens, weight, _ = make_inputs(5, 60, 272, 3, torch.bfloat16, device)
+    leaf, runs = weight.requires_grad_(), []
+    for order in thread_orders:
+        with use_backend("triton"), order():
+            y = ops.embedding(tokens, leaf)
+            runs.append(torch.autograd.grad(y, leaf, y)[0])
+    assert torch.equal(*runs)
 
 
 def test_positions_that_broadcast(device):

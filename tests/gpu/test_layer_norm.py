@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import check_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leangpt.kernels import dispatch, ops, triton_layer_norm, use_backend
@@ -63,6 +65,29 @@ def test_configurations(C, device):
     """Two rows in a tile, one row in the largest tile, and rows longer than a tile, more than fit into a program's tile."""
     inputs = make_inputs(11 if C > 8192 else 3, C, device=device)
     check_op(lambda *t: ops.add_layer_norm(*t), inputs, "triton")
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    outer=st.integers(1, 7),
+    inner=st.integers(1, 40),
+    C=st.sampled_from((48, 64)),
+    seed=st.integers(0, 99),
+)
+def test_any_number_of_rows(outer, inner, C, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(outer, inner, C, device=device, seed=seed)
+    check_op(lambda *t: ops.add_layer_norm(*t), inputs, "triton")
+
+
+def test_same_bits_in_every_run(device, thread_orders):
+    leaves = [t.requires_grad_() for t in make_inputs(97, 48, device=device)]
+    runs = []
+    for order in thread_orders:
+        with use_backend("triton"), order():
+            outputs = ops.add_layer_norm(*leaves)
+            runs.append((*outputs, *torch.autograd.grad(outputs, leaves, outputs)))
+    assert all(map(torch.equal, *runs))
 
 
 def test_alone_and_without_bias(device):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import check_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leangpt.kernels import ops, triton_rotary, use_backend
@@ -52,6 +54,14 @@ def test_dtypes(dtype, device):
         )
         check_rotary(*inputs)
         check_rotary_qkv(*inputs, num_kv_heads=2)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(B=st.integers(1, 3), T=st.integers(1, 40), seed=st.integers(0, 99), of_batch=st.booleans())
+def test_any_number_of_tokens(B, T, seed, of_batch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(B, T, 7, 32, device=device, seed=seed, angles_of_batch=of_batch)
+    check_rotary_qkv(*inputs, num_kv_heads=2)
 
 
 @pytest.mark.parametrize("head_dim", [2, 40, 80, 256])

@@ -2,6 +2,7 @@
 
     python examples/finetune/make_data.py data/finetune
     python benchmarks/bench_finetune.py --data data/finetune/classify.jsonl
+    python benchmarks/bench_finetune.py --methods lora --rates 1e-3 3e-3 1e-2 --no-memory    # which learning rate is best
 
 The first table fine-tunes a model for classification with `leangpt finetune`, a process for each method, all with the same rows,
 batches and number of steps; time is the processor's, which other programs beside it change little. The second is of a training
@@ -10,6 +11,7 @@ step, and the most within it. Linux only: memory is read from /proc.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,8 +47,8 @@ STEPS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
-def finetune(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the command for a method; a row of the first table."""
+def finetune(name: str, rate: float | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the command for a method, at a learning rate or the method's own; a row of the first table."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tuned"
         command = [
@@ -54,17 +56,22 @@ def finetune(name: str, options: argparse.Namespace) -> dict[str, Any]:
             *("--method", name.partition(",")[0], *METHODS[name]),
             *("--model", options.model, "--data", options.data, "--out", str(out)),
             *("--max-steps", str(options.steps), "--max-len", str(options.max_len)),
-            *("--no-progress",),
+            *(("--val-data", options.val_data) if options.val_data else ()),
+            "--no-progress",
+            *(("--learning-rate", str(rate)) if rate else ()),
         ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{name}: {' '.join(command)} failed")
         report = json.loads((out / "report.json").read_text())
+        training = json.loads((out / "task.json").read_text())["training"]
         saved = sum((out / file).stat().st_size for file in os.listdir(out) if ".safe" in file)
     return {
         "method": name,
+        "learning_rate": training["learning_rate"],
         "accuracy": report["metrics"]["accuracy"],
+        "val_loss": report["val_loss"],
         "trainable": report["num_trainable"],
         "saved_mb": saved / 1e6,
         "cpu_s": usage.ru_utime + usage.ru_stime,
@@ -110,23 +117,36 @@ def main() -> None:
     parser.add_argument("--data", default="data/finetune/classify.jsonl", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="of 16 rows (%(default)s)")
     parser.add_argument("--max-len", type=int, default=128, help="tokens a row (%(default)s)")
+    parser.add_argument("--val-data", help="rows to validate; by default a tenth of the data")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[*METHODS],
+        help=f"of the first table ({', '.join(METHODS)})",
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[None], help="learning rates (the method's own)"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out the second table")
     parser.add_argument("--preset", default="gpt2", help="of the second table (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="there (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, help="there (%(default)s)")
     options = parser.parse_args()
 
     tuned = []
-    for name in METHODS:
-        tuned.append(finetune(name, options))
-        print(f"{name}: {tuned[-1]}", file=sys.stderr)
+    for name, rate in itertools.product(options.methods, options.rates):
+        tuned.append(finetune(name, rate, options))
+        print(tuned[-1], file=sys.stderr)
     print_table(tuned)
     print()
-    # memory that is given back must leave the process, and not wait in the allocator
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        shape = (options.preset, options.batch_size, options.seq_len)
-        steps = pool.starmap(measure_step, [(name, *shape) for name in STEPS], chunksize=1)
-    print_table(steps)
+    steps = []
+    if not options.no_memory:
+        # memory that is given back must leave the process, and not wait in the allocator
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            shape = (options.preset, options.batch_size, options.seq_len)
+            steps = pool.starmap(measure_step, [(name, *shape) for name in STEPS], chunksize=1)
+        print_table(steps)
     document = {"benchmark": "finetune", "environment": environment("cpu")}
     print_json(document | {"options": vars(options), "classify": tuned, "steps": steps})
 

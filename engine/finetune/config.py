@@ -69,7 +69,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
         if self.merge and self.method.name in _UNMERGED:
             raise ValueError(f"{self.method.name} has no merged form: leave out merge")
         self.replay_source()
-        self.train_config(num_steps=1)
+        self.train_config(num_steps=1, width=1)
 
     def replay_source(self) -> tuple[Path, float] | None:
         """File and share of `replay`."""
@@ -86,8 +86,11 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
             )
         return Path(name), value
 
-    def train_config(self, num_steps: int) -> TrainConfig:
-        """What the parts of the training loop read."""
+    def train_config(self, num_steps: int, width: int) -> TrainConfig:
+        """What the parts of the training loop read, for a model of `width` channels."""
+        rate = self.learning_rate
+        if rate is None:
+            rate = self.method.default_learning_rate(width)
         return TrainConfig(
             out=self.out,
             batch_size=self.batch_size,
@@ -96,7 +99,7 @@ class FinetuneConfig(Generic[TaskType, MethodType]):
             schedule="cosine",
             warmup_steps=round(self.warmup_fraction * num_steps),
             optimizer="adamw",
-            learning_rate=self.learning_rate or self.method.learning_rate,
+            learning_rate=rate,
             weight_decay=self.weight_decay,
             beta2=0.999,
             grad_clip=self.grad_clip,

@@ -58,6 +58,7 @@ def save_tuned(config: FinetuneConfig, tuned: Tuned, outcome: "Outcome") -> None
     is_whole = config.merge or config.method.name == "full"
     is_local = Path(config.model).exists()  # else a name of the hub
     base = str(Path(config.model).resolve()) if is_local else config.model
+    options = config.train_config(1, tuned.module.model.config.n_embd)
     with atomic_directory(config.out) as folder:
         module = tuned.module
         if module.head is not None:
@@ -78,8 +79,7 @@ def save_tuned(config: FinetuneConfig, tuned: Tuned, outcome: "Outcome") -> None
                 "task": tuned.task.to_dict(),
                 "max_len": tuned.max_len,
                 "base": None if is_whole else base,
-                "training": config.to_dict()
-                | {"learning_rate": config.train_config(1).learning_rate},
+                "training": config.to_dict() | {"learning_rate": options.learning_rate},
             },
         )
         report = {

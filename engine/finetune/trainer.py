@@ -253,7 +253,7 @@ def _train(
     interrupt: Interrupt,
 ) -> Progress:
     """Train, and leave the best weights in the model; returns how far it came."""
-    options = config.train_config(num_steps)
+    options = config.train_config(num_steps, tuned.module.model.config.n_embd)
     module, task = tuned.module, data.task
     micro_batch_size = rows_of_a_pass(options, group)
     source = config.replay_source()

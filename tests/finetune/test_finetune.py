@@ -159,12 +159,26 @@ def test_options_that_do_not_fit(config, changes, message):
         {"epochs": 0},
         {"val_fraction": 1},
         {"batch_size": 0},
+        {"learning_rate": 0.0},
     ],
     ids=str,
 )
 def test_options_that_are_wrong(config, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(config, **changes)
+
+
+def test_wider_models_train_more_slowly(config, tmp_path):
+    """All weights of them; what is added to a model is tuned by itself."""
+    full, lora = methods.create("full"), methods.create("lora")
+    assert full.default_learning_rate(16) == full.default_learning_rate(128)
+    assert full.default_learning_rate(768) == pytest.approx(full.default_learning_rate(128) / 6)
+    assert lora.default_learning_rate(768) == lora.default_learning_rate(128)
+    for rate in (None, 0.125):
+        out = tmp_path / f"rate {rate}"
+        finetune(replace(config, learning_rate=rate, max_steps=1, out=out))
+        stored = json.loads((out / "task.json").read_text())["training"]["learning_rate"]
+        assert stored == (rate or full.default_learning_rate(16))
 
 
 def test_what_is_there_is_not_lost(config, tmp_path):

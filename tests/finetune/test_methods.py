@@ -94,6 +94,15 @@ def test_starts_as_the_base_model(name, base):
     torch.testing.assert_close(base(tokens), expected, rtol=0, atol=1e-6)
 
 
+def test_adalora_starts_where_its_penalty_is_zero(base):
+    """With columns and rows of length 1: where they are short, the gradients of singular values are too."""
+    methods.create("adalora", rank=4).attach(base)
+    for block in base.blocks:
+        delta = block.mlp_in.delta
+        for rows in (delta.down, delta.up.T):
+            torch.testing.assert_close(rows @ rows.T, torch.eye(6), rtol=0, atol=1e-5)
+
+
 def test_a_head_of_the_task_trains_alone(base):
     adapted = methods.create("head").attach(base)
     assert adapted.trainable_parameters() == {}

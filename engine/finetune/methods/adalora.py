@@ -147,9 +147,10 @@ class AdaLoRA(Method):
     """Train `scale * up diag(singular) down` beside each matrix, with `rank` of them per matrix on average in the end."""
 
     name: ClassVar[str] = "adalora"
+    learning_rate: ClassVar[float] = 1e-2
     rank: int = 8
     initial_rank: int | None = None  # of every matrix; None: half as much again as `rank`
-    alpha: float = 16.0  # scale is alpha / initial_rank
+    alpha: float = 128.0  # scale is alpha / initial_rank; singular values start at zero, and move by the rate at most
     dropout: float = 0.0  # of what the thin matrices read
     targets: tuple[Target, ...] = TARGETS
     warmup: float = 0.1  # share of the steps before ranks begin to fall

@@ -36,6 +36,7 @@ class BottleneckAdapter(Method):
     """Train `x + gelu(x down^T) up^T` with `width` numbers in its middle."""
 
     name: ClassVar[str] = "adapter"
+    learning_rate: ClassVar[float] = 1e-2
     width: int = 32
     int8_base: bool = False  # hold the frozen matrices of the blocks in 8 bits
 

@@ -52,7 +52,12 @@ class Method:
     """The options of a method."""
 
     name: ClassVar[str]
-    learning_rate: ClassVar[float] = 1e-3  # of AdamW, where the user gives none
+    learning_rate: ClassVar[float]  # of AdamW, the best one in benchmarks/README.md
+
+    def default_learning_rate(self, width: int) -> float:
+        """Where the user gives none, for a model of `width` channels."""
+        del width
+        return self.learning_rate
 
     def attach(self, model: GPT, max_steps: int | None = None) -> "Adapted":
         """Freeze what is not trained and add what is; the model changes in place.

@@ -92,13 +92,15 @@ class EmbeddingLowRank(nn.Module):
 
 
 class SingularLowRank(LowRank):
-    """AdaLoRA: `out + scale * ((dropout(x) down^T) * singular) up^T`, where the `singular` values start as zeros."""
+    """AdaLoRA: `out + scale * ((dropout(x) down^T) * singular) up^T`, where the `singular` values start as zeros, and rows of
+    `down` and columns of `up` as orthonormal ones, which their penalty would make them anyway.
+    """
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout_p: float) -> None:
         super().__init__(linear, rank, scale, dropout_p)
         self.singular = _zeros(linear, rank)
-        nn.init.normal_(self.down, std=0.02)
-        nn.init.normal_(self.up, std=0.02)
+        nn.init.orthogonal_(self.down)
+        nn.init.orthogonal_(self.up)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         if not len(self.singular):  # it lost all its rank

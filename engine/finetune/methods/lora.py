@@ -75,6 +75,7 @@ class LoRA(Method):
     """Train `scale * up down` beside each matrix; scale is `alpha / rank`, rank-stabilised `alpha / sqrt(rank)`."""
 
     name: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 3e-3
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # of what the thin matrices read

@@ -100,7 +100,7 @@ class PrefixTuning(Method):
     """Train the keys and values of `length` places in front of every sequence."""
 
     name: ClassVar[str] = "prefix"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 3e-2
     length: int = 16
     reparametrization: int | None = (
         None  # width of an MLP that makes them while they train; None: no MLP

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # where PYTHONSAFEPATH is set
+
 from harness import environment, print_json, print_table
 
 from leangpt import GPT, GPTConfig

@@ -46,9 +46,9 @@ class LibraryProducts:
     ) -> None:  # fmt: skip
         """Queue products `(num_rows, n)` float32 = rows `(num_rows, k)` bfloat16 times weight^T; both are addresses."""
         n, k = weight.shape
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, f"cuda:{self._device}")):
-            x = _at(rows, (num_rows, k), row_stride, torch.bfloat16)
-            out = _at(products, (num_rows, n), stride, torch.float32)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, weight.device)):
+            x = _at(rows, (num_rows, k), row_stride, torch.bfloat16, weight.device)
+            out = _at(products, (num_rows, n), stride, torch.float32, weight.device)
             torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
 
     def _call(
@@ -64,7 +64,9 @@ class LibraryProducts:
         return 0
 
 
-def _at(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype) -> Tensor:
+def _at(
+    address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Memory of the GPU as a tensor."""
     interface = {
         "data": (address, False),
@@ -73,4 +75,7 @@ def _at(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype) -
         "typestr": _TYPES[dtype],
         "version": 3,
     }
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface)).view(dtype)
+    memory = SimpleNamespace(__cuda_array_interface__=interface)
+    tensor = torch.as_tensor(memory, device=device).view(dtype)
+    assert tensor.data_ptr() == address, "a copy was made"
+    return tensor

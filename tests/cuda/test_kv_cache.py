@@ -12,7 +12,7 @@ from leangpt.kernels import reference
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
-DIMS = [8, 20, 40, 64, 128, 256]
+DIMS = [8, 20, 40, 64, 80, 128, 256]
 KINDS = ("bf16", "fp16", "int8", "fp8")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST = {"int8": 127, "fp8": 448}

@@ -237,8 +237,10 @@ def fused_linear(
 ) -> Tensor:
     """`residual + dropout(act(x weight^T + bias))` of matrices; writes what is activated into `h` if it is given.
 
-    The residual may be wider than the others; then so is the result. There is dropout if there is a seed. The variant with descriptors is not used anywhere yet: it waits for a GPU run that
-    shows it faster. It needs K contiguous, and addresses and strides of rows that are multiples of 16 bytes.
+    The residual may be wider than the others; then so is the result. There is dropout if there is a seed.
+
+    The variant with descriptors is not used anywhere yet: it waits for a GPU run that shows it faster. It needs K
+    contiguous, and addresses and strides of rows that are multiples of 16 bytes.
     """
     M, K = x.shape
     N = weight.shape[0] // (2 if activation == "swiglu" else 1)

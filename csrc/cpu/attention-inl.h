@@ -100,6 +100,19 @@ struct FloatCache {
   }
 };
 
+// The weights of a query's keys, each times the scale of its int8 value.
+static void scale_weights(const AttentionTile& tile, int q, int first_page, int last_page,
+                          const float* x, float* scaled) {
+  for (int page = first_page; page < last_page; ++page) {
+    const int column = page * kLanes % kChunkKeys, key = page * kLanes;
+    const Vec scale = load(int8_scales(page_at(tile, page) + tile.pages.value_offset,
+                                       round_up(tile.head_dim, kLanes)));
+    // the scale of a value that is not seen may be NaN
+    store(scaled + column, keep_lanes(load(x + column) * scale, tile.first_key[q] - key,
+                                      tile.last_key[q] - key, 0.0f));
+  }
+}
+
 // A cache of int8: each key and each value of a head has a scale. What they are multiplied with,
 // queries and weights, is split into two digits of 8 bits; a value's scale goes into its weight.
 template <int kQueries>
@@ -154,15 +167,8 @@ struct Int8Cache {
   void set_weights(const AttentionTile& tile, int q, int first_page, int last_page,
                    const float* x) {
     alignas(64) float scaled[kChunkKeys];
+    scale_weights(tile, q, first_page, last_page, x, scaled);
     const int first = first_page * kLanes % kChunkKeys, keys = (last_page - first_page) * kLanes;
-    for (int page = first_page; page < last_page; ++page) {
-      const int column = page * kLanes % kChunkKeys, key = page * kLanes;
-      const Vec scale = load(int8_scales(page_at(tile, page) + tile.pages.value_offset,
-                                         round_up(tile.head_dim, kLanes)));
-      // the scale of a value that is not seen may be NaN
-      store(scaled + column, keep_lanes(load(x + column) * scale, tile.first_key[q] - key,
-                                        tile.last_key[q] - key, 0.0f));
-    }
     weight_scales[q] = split_digits<kDigits>(scaled + first, keys, keys, weights[q][0] + first,
                                              kChunkKeys, weight_offsets[q]);
     for (int d = 0; d < kDigits; ++d) weight_offsets[q][d] *= -128;
@@ -198,6 +204,32 @@ struct Int8Cache {
               combine(sums[q][0][v], sums[q][1][v]) * broadcast(weight_scales[q]));
       }
     }
+  }
+};
+
+// The same cache multiplied as floats, which is exact in keys and values: quicker where no
+// instruction adds up products of bytes, since some queries share what is widened.
+template <int kQueries>
+struct WidenedInt8Cache : FloatCache<WidenedInt8Format, kQueries> {
+  using Base = FloatCache<WidenedInt8Format, kQueries>;
+
+  template <int kPages>
+  void score(const AttentionTile& tile, int page, float (*scores)[kChunkKeys]) const {
+    Base::template score<kPages>(tile, page, scores);
+    for (int p = 0; p < kPages; ++p) {
+      const Vec scale = load(int8_scales(page_at(tile, page + p), tile.head_dim));
+      for (int q = 0; q < kQueries; ++q) {
+        float* at = scores[q] + (page + p) * kLanes % kChunkKeys;
+        store(at, load(at) * scale);
+      }
+    }
+  }
+
+  void set_weights(const AttentionTile& tile, int q, int first_page, int last_page,
+                   const float* x) {
+    alignas(64) float scaled[kChunkKeys];
+    scale_weights(tile, q, first_page, last_page, x, scaled);
+    Base::set_weights(tile, q, first_page, last_page, scaled);
   }
 };
 
@@ -301,7 +333,11 @@ static void attend_chunk(const AttentionTile& tile, int chunk, float* const* sta
       case KvKind::kBf16:
         return attend_queries<FloatCache<Bf16Format, kQueries>, kQueries>(tile, chunk, states);
       case KvKind::kInt8:
-        return attend_queries<Int8Cache<kQueries>, kQueries>(tile, chunk, states);
+        if constexpr (kWidensInt8Cache) {
+          return attend_queries<WidenedInt8Cache<kQueries>, kQueries>(tile, chunk, states);
+        } else {
+          return attend_queries<Int8Cache<kQueries>, kQueries>(tile, chunk, states);
+        }
     }
   });
 }

@@ -22,3 +22,7 @@ static inline Int4Sum dot_int4(Int4Sum sum, Int8Weights w, const int8_t* a) {
   return dot_int8(sum, w, a);
 }
 static inline IVec finish_int4_sum(IVec, Int4Sum sum) { return sum; }
+
+// Whether attention reads an int8 cache as WidenedInt8Format.
+constexpr bool kWidensInt8Cache = false;
+struct WidenedInt8Format;

@@ -40,3 +40,25 @@ static inline IVec finish_int4_sum(IVec before, Int4Sum sum) {
   return {_mm256_add_epi32(before.lo, _mm256_madd_epi16(sum.lo, ones)),
           _mm256_add_epi32(before.hi, _mm256_madd_epi16(sum.hi, ones))};
 }
+
+// 16 lines of 4 bytes each, less the 128 that is added to them.
+constexpr bool kWidensInt8Cache = true;
+struct WidenedInt8Format {
+  using Element = float;
+  struct Weights {
+    Vec inputs[4];
+  };
+  static constexpr int kInputs = 4;
+  static inline Weights load_weights(const uint8_t* p) {
+    const Int8Weights bytes = load_int8_weights(p);
+    const __m256i offset = _mm256_set1_epi8(-128);
+    const IVec x = {_mm256_xor_si256(bytes.lo, offset), _mm256_xor_si256(bytes.hi, offset)};
+    return {{to_float(shift_right<24>(shift_left<24>(x))),
+             to_float(shift_right<24>(shift_left<16>(x))),
+             to_float(shift_right<24>(shift_left<8>(x))), to_float(shift_right<24>(x))}};
+  }
+  static inline Vec dot(Vec sum, const Weights& w, const float* a) {
+    for (int i = 0; i < kInputs; ++i) sum = fma(w.inputs[i], broadcast(a[i]), sum);
+    return sum;
+  }
+};

@@ -33,7 +33,7 @@ test-full: build ## and the GPU kernels in all configurations, dtypes and orders
 # GPUs that the kernels are compiled for
 ARCHS ?= sm_80,sm_90,sm_100,sm_120
 
-kernels-check: build  ## compile the GPU kernels for ARCHS, compare with kernels/contract.json; no GPU needed
+kernels-check: build  ## compile GPU kernels that have changed, compare with kernels/contract.json; no GPU needed
 	@$(BIN)/leangpt kernels check --arch $(ARCHS)
 
 gpu-check: build ## on a GPU: run its tests, benchmark decoding, write a page into benchmarks/gpu/
@@ -46,9 +46,11 @@ ISAS := portable avx2 avx512 avx512_bf16
 
 SANITIZED := address thread train_address train_thread
 
-sanitize: $(SANITIZED:%=build/sanitize/%)  ## run decode engine and training ops under ASan, UBSan and TSan, on every ISA
-	@set -e; for isa in $(ISAS); do for program in $^; do \
-	    echo "$$program $$isa"; LEANGPT_CPU_ISA=$$isa $$program; done; done
+# two at a time: a compilation is one thread
+sanitize:        ## run decode engine and training ops under ASan, UBSan and TSan, on every ISA
+	@$(MAKE) -s -j2 $(SANITIZED:%=build/sanitize/%)
+	@for program in $(SANITIZED); do for isa in $(ISAS); do echo build/sanitize/$$program $$isa; done; done | \
+	    xargs -n 2 -P 2 sh -c 'said=$$(LEANGPT_CPU_ISA=$$1 $$0 2>&1); status=$$?; printf "%s\n" "$$0 $$1" "$$said"; exit $$status'
 
 build/sanitize/address build/sanitize/train_address: SANITIZERS := address,undefined
 build/sanitize/thread build/sanitize/train_thread: SANITIZERS := thread

@@ -59,7 +59,7 @@ build/sanitize/train_address build/sanitize/train_thread: $(wildcard csrc/train/
     tests/native/train_test.cpp
 build/sanitize/%: $(wildcard csrc/*.h)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -g -pthread -ffp-contract=off -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
+	$(CXX) -std=c++17 -O1 -g1 -pthread -ffp-contract=off -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all \
 	    -Wall -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function \
 	    -I$(if $(findstring train,$@),csrc/train,csrc/cpu) $(filter %.cpp,$^) -o $@
 

@@ -271,6 +271,24 @@ def test_autotuning(device, monkeypatch):
     assert tried == [1] * 3  # and so is dropout, though its seed looks like lengths
 
 
+def test_a_choice_is_kept_on_disk(device, monkeypatch, tmp_path):
+    """Another process, whose memory of choices is empty, tries nothing."""
+    kernel, _ = KERNELS["fwd"]
+    q, k, v = make_qkv(1, 20, 20, 1, 1, 16, device)
+    arguments = {"BLOCK_D": 16, "q_ptr": q, "seed_ptr": None, "window": None}
+    choice = kernel.early_config_prune(kernel.configs, arguments | {"cu_seqlens_ptr": None})
+    tried = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel, "configs", choice)
+    monkeypatch.setattr(kernel, "cache_results", True)
+    monkeypatch.setattr(kernel, "_bench", lambda *_, config, **__: [tried.append(config) or 1.0])
+    for _ in range(2):
+        monkeypatch.setattr(kernel, "cache", {})
+        with use_backend("triton"):
+            ops.attention(q, k, v)
+    assert tried == choice and len(choice) > 1
+
+
 def test_same_bits_in_every_run(device, thread_orders):
     """Whatever the order of threads and blocks: no result has two writers."""
     q, k, v = (t.requires_grad_() for t in make_qkv(2, 37, 37, 4, 2, 64, device))

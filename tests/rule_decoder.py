@@ -46,6 +46,7 @@ class RuleDecoder:
         self.fails_at_step: int | None = None  # and then no more
         self.error: type[BaseException] = KeyboardInterrupt
         self.permits: Semaphore | None = None  # one for each step; None: as many as it likes
+        self.is_waiting = False  # for one
 
     def add_adapter(self, adapter: object) -> int:
         raise ValueError("there are no weights to add to")
@@ -86,7 +87,9 @@ class RuleDecoder:
 
     def _step(self, tokens, sequences, positions, output_rows) -> Tensor:
         if self.permits is not None:
+            self.is_waiting = True
             self.permits.acquire()
+            self.is_waiting = False
         if len(self.num_rows) == self.fails_at_step:
             self.fails_at_step = None
             raise self.error("as the test wants it")

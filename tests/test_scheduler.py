@@ -36,7 +36,7 @@ SHORT = SamplingParams(max_new_tokens=6, seed=1, ignore_eos=True)
 ENDLESS = {"max_seq_len": sys.maxsize}
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         time.sleep(0.001)
 
@@ -575,7 +575,8 @@ class TestPages:
             params = SamplingParams(temperature=0.0, max_new_tokens=20)
             first = generator.submit([97], params)  # 5 pages
             allow_step()
-            wait_until(lambda: len(generator.decoder.num_rows) == 1)
+            # the next step has taken what was submitted, and takes no more until it ends
+            wait_until(lambda: generator.decoder.num_rows and generator.decoder.is_waiting)
             with ThreadPoolExecutor(1) as pool:
                 score = pool.submit(generator.score, [[97] * 41])  # all 10
                 wait_until(lambda: len(generator._batcher._inbox) == 1)
@@ -598,7 +599,8 @@ class TestPages:
         with one_step_at_a_time(generator.decoder) as allow_step:
             several = generator.submit([97] * 9, params)
             allow_step()
-            wait_until(lambda: len(generator.decoder.num_rows) == 1)
+            # the next step has taken what was submitted, and takes no more until it ends
+            wait_until(lambda: generator.decoder.num_rows and generator.decoder.is_waiting)
             with ThreadPoolExecutor(1) as pool:
                 score = pool.submit(generator.score, [[97] * 21])  # all pages
                 wait_until(lambda: len(generator._batcher._inbox) == 1)

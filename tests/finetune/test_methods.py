@@ -388,8 +388,14 @@ def test_recomputed_blocks_give_the_same_gradients(name, base):
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
-@pytest.mark.parametrize("name", ADDING)
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+INT8_IN_FULL = [
+    pytest.param(name, True, marks=pytest.mark.full) for name in ADDING if name != "lora"
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "int8"), [*((name, False) for name in ADDING), ("lora", True), *INT8_IN_FULL]
+)
 def test_autocast_and_compile(name, int8, base):
     adapted = methods.create(name, **OPTIONS[name], int8_base=int8).attach(base, max_steps=8)
     train(adapted, 4)

@@ -11,7 +11,7 @@ import torch
 from helpers import check_op
 
 from leangpt import GPT, GPTConfig
-from leangpt.kernels import native, ops, use_backend
+from leangpt.kernels import decode, native, ops, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16]
 # rows, inputs, outputs: of no tile, of whole ones, beyond one block of inputs, and fewer than a vector
@@ -386,7 +386,10 @@ class TestModel:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(model, 3)))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+OTHER_ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa != decode.cpu_isa()]
+
+
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa):
     """What holds for the best one holds for the others."""
     tests = "not isa and not instruction and not opcheck and (Linear or Mlp or Attention or Norms or Embedding or Rotary)"

@@ -42,7 +42,7 @@ gpu-check: build ## on a GPU: run its tests, benchmark decoding, write a page in
 	    $(BIN)/python -m pytest -q -m "full or not full" tests/gpu tests/cuda && \
 	    $(BIN)/python benchmarks/bench_gpu_decode.py --page benchmarks/gpu; fi
 
-ISAS := portable avx2 avx512 avx512_bf16
+ISAS := portable avx2 avx512 avx512_bf16 amx
 
 SANITIZED := address thread train_address train_thread
 

@@ -228,7 +228,7 @@ def check(status: int, lib: ctypes.CDLL | None = None) -> None:
 
 
 def cpu_isa() -> str | None:
-    """The vector instructions of the kernels: "avx512_bf16", "avx512", "avx2" or "portable"; None without the engine."""
+    """The vector instructions of the kernels: "amx", "avx512_bf16", "avx512", "avx2" or "portable"; None without the engine."""
     if unavailable_reason:
         return None
     name = ctypes.c_char_p()

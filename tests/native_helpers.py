@@ -62,7 +62,7 @@ class PackedMatrix:
 
 
 def multiplies_bf16() -> bool:
-    return decode.cpu_isa() == "avx512_bf16"
+    return decode.cpu_isa() in ("amx", "avx512_bf16")
 
 
 def make_model(std: float = 0.3, **config) -> GPT:

@@ -15,7 +15,8 @@ from leangpt.kernels import decode
 
 pytestmark = pytest.mark.usefixtures("native_engine")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+ROUNDS_TO_BF16 = ("avx512_bf16", "amx")  # activations that weights in bf16 are multiplied with
 BUILT = Path(__file__).resolve().parents[1] / "build" / "temp"
 KERNELS = (BUILT / "_engine" / "csrc" / "cpu", BUILT / "_C" / "csrc" / "train")  # objects
 # no float64 torch here: each ISA is compared with the float32 torch model; its products of bf16 round activations
@@ -75,12 +76,12 @@ def test_the_same_text_as_portable_code(isa, folder):
     for name, values in results.items():
         expected = portable[name]
         if name.endswith(" text"):
-            if not (name == "bf16 text" and isa == "avx512_bf16"):
+            if not (name == "bf16 text" and isa in ROUNDS_TO_BF16):
                 np.testing.assert_array_equal(values, expected)
             continue
         # 8-bit activations, and those rounded to bf16, may fall to the other side of a rounding
         is_coarse = name in ("int8_dynamic", "fp32, int8 cache") or (
-            name == "bf16" and isa == "avx512_bf16"
+            name == "bf16" and isa in ROUNDS_TO_BF16
         )
         limit = (0.05 if is_coarse else 1e-5) * np.abs(expected).max()
         assert np.abs(values - expected).max() <= limit, name
@@ -122,7 +123,7 @@ def output_of(*command: str | Path) -> str:
 
 
 @pytest.mark.parametrize("folder", KERNELS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_no_function_of_a_wide_isa_can_stand_for_a_common_one(isa, folder, in_ci):
     """Weak symbols are merged over all objects: the linker might keep the one that not every CPU can run."""
     symbols = output_of(tool("nm", in_ci), "-C", folder / f"kernels_{isa}.o")
@@ -139,7 +140,7 @@ def test_common_code_uses_no_wide_registers(in_ci):
         path
         for folder in (BUILT / "_engine", BUILT / "_C")
         for path in folder.rglob("*.o")
-        if not path.name.startswith(("kernels_avx", "bindings"))
+        if not path.name.startswith(("kernels_avx", "kernels_amx", "bindings"))
     ]
     assert {"engine.o", "decoder.o", "gemm.o", "kernels_portable.o"} <= {p.name for p in common}
     wide = re.compile(r"%[yz]mm|\sv[a-z0-9]+\s.*%xmm")  # registers, and VEX or EVEX instructions

@@ -28,9 +28,15 @@ def run_isa(isa: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.usefixtures("extension")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa_can_be_forced_where_the_cpu_has_it(isa):
-    flags = {"portable": True, "avx2": "avx2", "avx512": "avx512_f", "avx512_bf16": "avx512_bf16"}
+    flags = {
+        "portable": True,
+        "avx2": "avx2",
+        "avx512": "avx512_f",
+        "avx512_bf16": "avx512_bf16",
+        "amx": "amx_bf16",
+    }
     flag = flags[isa]
     has_it = flag is True or torch.cpu.get_capabilities().get(flag, False)
     run = run_isa(isa)
@@ -48,7 +54,8 @@ def test_misspelt_isa_is_an_error():
     run = run_isa("avx1024")
     assert run.returncode == 1
     assert (
-        "LEANGPT_CPU_ISA must be avx512_bf16, avx512, avx2 or portable, got avx1024" in run.stderr
+        "LEANGPT_CPU_ISA must be amx, avx512_bf16, avx512, avx2 or portable, got avx1024"
+        in run.stderr
     )
 
 

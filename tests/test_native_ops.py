@@ -15,7 +15,8 @@ from leangpt.kernels import decode, native, ops, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16]
 # rows, inputs, outputs: of no tile, of whole ones, beyond one block of inputs, and fewer than a vector
-SHAPES = [(33, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200)]
+# of a single output few terms: the baseline of one long sum may be exact by luck
+SHAPES = [(3, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200)]
 
 
 @pytest.fixture(autouse=True)

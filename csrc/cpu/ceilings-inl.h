@@ -17,9 +17,17 @@ static float read_memory(const uint8_t* p, int64_t bytes) {
   return reduce_add(total);
 }
 
+// On those ISAs that have tiles.
+template <WeightKind kKind>
+static int multiply_tiles(int64_t rounds);
+
 // `rounds` times some products of a Vec of outputs; returns the multiplications and additions of
 // one round.
 static int multiply_registers(WeightKind kind, int64_t rounds) {
+  if constexpr (kHasTiles) {
+    if (kind == WeightKind::kBf16) return multiply_tiles<WeightKind::kBf16>(rounds);
+    if (kind != WeightKind::kFp32) return multiply_tiles<WeightKind::kInt8>(rounds);
+  }
   alignas(64) uint8_t bytes[64] = {};
   alignas(64) float floats[kLanes] = {};
   asm volatile("" : "+m"(bytes), "+m"(floats));  // unknown to the compiler

@@ -3,7 +3,7 @@
 
 namespace leangpt::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The best ISA that this CPU and operating system support, or the one $LEANGPT_CPU_ISA names.
 // Throws std::runtime_error where that one is misspelt or not supported.

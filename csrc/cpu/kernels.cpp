@@ -8,6 +8,8 @@ const Kernels& kernels() {
   static const Kernels& table = [&]() -> const Kernels& {
     switch (active_isa()) {
 #if defined(__x86_64__)
+      case Isa::kAmx:
+        return amx::kTable;
       case Isa::kAvx512Bf16:
         return avx512_bf16::kTable;
       case Isa::kAvx512:

@@ -117,5 +117,8 @@ extern const Kernels kTable;
 namespace avx512_bf16 {
 extern const Kernels kTable;
 }
+namespace amx {
+extern const Kernels kTable;
+}
 
 }  // namespace leangpt::cpu

@@ -21,6 +21,8 @@ namespace leangpt::cpu::avx512 {
 
 #include "dot_avx512.h"
 //
+#include "blocks_none.h"
+//
 #include "products.h"
 //
 #include "kernels-inl.h"

@@ -22,6 +22,8 @@ namespace leangpt::cpu::avx512_bf16 {
 
 #include "dot_avx512_vnni.h"
 //
+#include "blocks_none.h"
+//
 #include "products.h"
 //
 #include "kernels-inl.h"

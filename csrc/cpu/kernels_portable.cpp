@@ -13,6 +13,8 @@ namespace leangpt::cpu::portable {
 
 #include "vec_portable.h"
 //
+#include "blocks_none.h"
+//
 #include "products.h"
 //
 #include "kernels-inl.h"

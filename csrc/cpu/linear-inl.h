@@ -77,7 +77,7 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
   }
 }
 
-// Of more rows than a tile has, on those ISAs whose tiles share blocks of weights.
+// On those ISAs whose tiles share blocks of weights.
 template <class Format>
 static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                  int panel, float* tile);
@@ -89,7 +89,7 @@ template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                          int panel, float* tile) {
   if constexpr (kSharesBlocks) {
-    if (rows > kTileRows) {
+    if (shares_float_blocks<Format>(rows)) {
       return blocked_float_linear<Format>(w, a, first_row, rows, panel, tile);
     }
   }
@@ -251,7 +251,7 @@ static void int_linear(const Matrix& w, const Activations& a, int64_t first_row,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
   if constexpr (kSharesBlocks) {
-    if (w.group == 0 && rows > kTokens && w.padded_k() <= kMostCopiedInputs) {
+    if (w.group == 0 && shares_int8_blocks<kDigits>(w, rows)) {
       return blocked_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
     }
   }

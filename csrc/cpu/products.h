@@ -1,15 +1,8 @@
 // How products run where the CPU's instructions leave no more to gain. products_avx2.h has the same
 // names.
 
-constexpr int kMaxTileRows = 96;  // with a panel of weights they stay in the L2 cache
-constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth;
 // A tile of at most so many rows asks for its weights ahead.
 constexpr int kFetchingRows = 2;
-// Whether tiles of more rows than one has share blocks of weights, and of how many inputs at most
-// those of int8.
-constexpr bool kSharesBlocks = false;
-constexpr int64_t kMostCopiedInputs = 0;
-
 // Sums that fit the registers beside what the ceilings multiply.
 constexpr int kCeilingSums =
     kTileRows * tile_vecs(kTileRows) < 12 ? kTileRows * tile_vecs(kTileRows) : 12;

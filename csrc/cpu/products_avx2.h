@@ -1,4 +1,5 @@
-// How products run with AVX2; the same names as products.h, which says what they are.
+// How products run with AVX2; the same names as blocks_none.h and products.h, which say what they
+// are.
 
 constexpr int kMaxTileRows = 128;
 // A tile, and behind it what tiles share, see linear_avx2.h: a block of weights, sums, int8 rows.
@@ -14,8 +15,17 @@ constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * (1 + kMaxWideDigits
                                 kCopiedBytes / 4 +
                                 kMaxTileRows * kCopiedInt16s * kMaxWideDigits / 2;
 constexpr int kFetchingRows = 6;
+constexpr bool kHasTiles = false;
 constexpr bool kSharesBlocks = true;
-constexpr int64_t kMostCopiedInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
+template <class Format>
+constexpr bool shares_float_blocks(int rows) {
+  return rows > kTileRows;
+}
+template <int kDigits>
+static bool shares_int8_blocks(const Matrix& w, int rows) {
+  constexpr int kMostInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
+  return rows > kTileRows / kDigits && w.padded_k() <= kMostInputs;
+}
 
 constexpr int kCeilingSums = 5;
 

@@ -53,6 +53,7 @@ struct KeyRange {
 template <class Format, class T>
 struct HeadAttention {
   using Element = typename Format::Element;
+  static constexpr int kRows = Format::kRows;
   const Attention& a;
   const int64_t sequence, kv_head;
   const int64_t T_ = a.num_queries, S = a.num_keys, D = a.head_dim;
@@ -89,9 +90,9 @@ struct HeadAttention {
     for (int64_t p = keys.first_panel(); p < keys.end_panel(); ++p) {
       // queries before the panel see none of it
       const int64_t before = p * kPanel - keys.first_position;
-      const int64_t skipped = before > 0 ? before / kTileRows * kTileRows : 0;
+      const int64_t skipped = before > 0 ? before / kRows * kRows : 0;
       Rows seeing = rows;
-      seeing.units += skipped / kTileRows * rows.tile_stride;
+      seeing.units += skipped / kRows * rows.tile_stride;
       multiply_panel<Format>(seeing, tokens + p * kPanel * head_steps, keys.count - skipped, kPanel,
                              head_steps, scores + skipped * padded_keys + p * kPanel, padded_keys,
                              false);
@@ -105,8 +106,7 @@ struct HeadAttention {
     const int64_t first = keys.first_panel() * kPanel / Format::kInputs;
     const int64_t steps = steps_of<Format>(keys.end(keys.count - 1)) - first;
     const int64_t stride = padded_keys / Format::kInputs;
-    const Rows rows = {reinterpret_cast<const float*>(weights) + first, stride, 1,
-                       kTileRows * stride};
+    const Rows rows = {reinterpret_cast<const float*>(weights) + first, stride, 1, kRows * stride};
     for (int64_t p = 0; p < panels_of(D); ++p) {
       const float* panel = elements + (p * steps_of<Format>(S) + first) * kPanel;
       multiply_panel<Format>(rows, panel, keys.count, D - p * kPanel, steps, out + p * kPanel,
@@ -211,7 +211,7 @@ struct HeadAttention {
     float* dweights = arena.take(kBlockQueries * padded_keys);
     auto* weights = reinterpret_cast<Element*>(arena.take(kBlockQueries * padded_keys));
     auto* dscores = reinterpret_cast<Element*>(arena.take(kBlockQueries * padded_keys));
-    const int64_t key_rows = round_up(padded_keys, kTileRows);
+    const int64_t key_rows = round_up(padded_keys, kRows);
     float* transposed = arena.take(key_rows * (steps_of<Format>(kBlockQueries) + kLanes));
     float* dq = arena.take(kBlockQueries * padded_dim);
     float* dk = arena.take(key_rows * padded_dim);

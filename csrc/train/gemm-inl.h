@@ -1,5 +1,5 @@
-// Matrix products: sums of kTileRows rows and kPanel columns in registers, one unit of 32 bits of
-// each row and each column a step. Panels of the right operand lie as a stream of steps. Each
+// Matrix products: sums of Format::kRows rows and kPanel columns in registers, one unit of 32 bits
+// of each row and each column a step. Panels of the right operand lie as a stream of steps. Each
 // output is summed in one order, whatever tile it is in: inputs in blocks of kBlockSteps, and the
 // blocks added.
 
@@ -143,22 +143,52 @@ static void pack_panel(const Operand& x, Dtype compute, int64_t first, int64_t e
   });
 }
 
+// Rows that are adjacent in memory (row_stride 1), each with its units side by side, turned in
+// blocks of 16 rows and 16 steps.
+template <class Format, class T>
+static void turn_rows(const T* x, int64_t column_stride, int64_t first, int64_t count,
+                      int64_t extent, int64_t inputs, float* out) {
+  constexpr int64_t kBlockInputs = kLanes * Format::kInputs;
+  const int64_t steps = steps_of<Format>(inputs);
+  for (int64_t r = 0; r < count; r += kLanes) {
+    for (int64_t step = 0; step < steps; step += kLanes) {
+      Vec block[kLanes];
+      for (Vec& units : block) units = zero();
+      const int64_t left = inputs - step * Format::kInputs;
+      pack_adjacent<Format>(x + step * Format::kInputs * column_stride, column_stride, first + r,
+                            kLanes, extent, left < kBlockInputs ? left : kBlockInputs, kLanes, 0,
+                            reinterpret_cast<float*>(block));
+      transpose(block);
+      for (int i = 0; i < kLanes && r + i < count; ++i) {
+        store_first_elements(out + (r + i) * steps + step, block[i], steps - step);
+      }
+    }
+  }
+}
+
 template <class Format, class T>
 static Rows pack_rows_of(const T* x, const Operand& layout, int64_t first, int64_t count,
                          int64_t extent, int64_t inputs, float* scratch) {
-  const int64_t steps = steps_of<Format>(inputs), padded = round_up(count, kTileRows);
-  if (layout.column_stride != 1) {  // a tile is [step][kTileRows] units, and a Vec of padding
-    const int64_t tile_stride = kTileRows * steps + kLanes;
-    pack_adjacent<Format>(x, layout.column_stride, first, count, extent, inputs, kTileRows,
-                          tile_stride, scratch);
-    return {scratch, 1, kTileRows, tile_stride};
+  constexpr int kRows = Format::kRows;
+  const int64_t steps = steps_of<Format>(inputs);
+  const int64_t padded = Format::kHasTiles ? count : round_up(count, kRows);
+  if (layout.column_stride != 1) {
+    if constexpr (Format::kHasTiles) {
+      turn_rows<Format>(x, layout.column_stride, first, count, extent, inputs, scratch);
+      return {scratch, steps, 1, kRows * steps};
+    } else {  // a tile is [step][kRows] units, and a Vec of padding
+      const int64_t tile_stride = kRows * steps + kLanes;
+      pack_adjacent<Format>(x, layout.column_stride, first, count, extent, inputs, kRows,
+                            tile_stride, scratch);
+      return {scratch, 1, kRows, tile_stride};
+    }
   }
   constexpr bool is_as_multiplied = std::is_same<T, typename Format::Element>::value;
   if (is_as_multiplied && count == padded && inputs % Format::kInputs == 0 &&
       layout.row_stride % Format::kInputs == 0) {
     const int64_t stride = layout.row_stride / Format::kInputs;
     return {reinterpret_cast<const float*>(x + first * layout.row_stride), stride, 1,
-            kTileRows * stride};
+            kRows * stride};
   }
   for (int64_t r = 0; r < padded; ++r) {
     float* row = scratch + r * steps;
@@ -168,7 +198,7 @@ static Rows pack_rows_of(const T* x, const Operand& layout, int64_t first, int64
       std::memset(row, 0, steps * sizeof(float));
     }
   }
-  return {scratch, steps, 1, kTileRows * steps};
+  return {scratch, steps, 1, kRows * steps};
 }
 
 static Rows pack_rows(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
@@ -209,10 +239,10 @@ static void multiply_tile(const float* row, int64_t row_stride, int64_t step_str
   }
 }
 
-// All steps of the first `columns` columns of a panel, to out or added to it.
 template <class Format>
-static void multiply_panel(const Rows& rows, const float* panel, int64_t num_rows, int64_t columns,
-                           int64_t steps, float* out, int64_t out_stride, bool adds) {
+static void multiply_in_vecs(const Rows& rows, const float* panel, int64_t num_rows,
+                             int64_t columns, int64_t steps, float* out, int64_t out_stride,
+                             bool adds) {
   const auto multiply_tiles = [&](auto tile) {
     for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
       const int64_t block = steps - begin < kBlockSteps ? steps - begin : kBlockSteps;
@@ -235,6 +265,18 @@ static void multiply_panel(const Rows& rows, const float* panel, int64_t num_row
   }
 }
 
+// All steps of the first `columns` columns of a panel, to out or added to it; what else it has
+// columns of the panel for is not said.
+template <class Format>
+static void multiply_panel(const Rows& rows, const float* panel, int64_t num_rows, int64_t columns,
+                           int64_t steps, float* out, int64_t out_stride, bool adds) {
+  if constexpr (Format::kHasTiles) {
+    Format::multiply(rows, panel, num_rows, steps, out, out_stride, adds);
+  } else {
+    multiply_in_vecs<Format>(rows, panel, num_rows, columns, steps, out, out_stride, adds);
+  }
+}
+
 static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_t num_rows,
                      int64_t columns, int64_t inputs, float* out) {
   with_format(compute, [&](auto format) {
@@ -242,6 +284,15 @@ static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_
     multiply_panel<Format>(rows, panel, num_rows, columns, steps_of<Format>(inputs), out, kPanel,
                            false);
   });
+}
+
+static int64_t tile_rows(Dtype compute) {
+  return with_format(compute, [](auto format) { return int64_t{decltype(format)::kRows}; });
+}
+
+static bool multiplies_whole_blocks(int64_t units, Dtype compute) {
+  return units > kBlockSteps ||
+         with_format(compute, [](auto format) { return decltype(format)::kHasTiles; });
 }
 
 static int64_t units(int64_t inputs, Dtype compute) {

@@ -20,7 +20,7 @@ constexpr int64_t kMaxInputs = 1024;
 void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k,
                   Dtype compute, const Epilogue& epilogue, Product product) {
   const Kernels& kernel = kernels();
-  const int64_t width = kernel.panel_width, tile_rows = kernel.tile_rows;
+  const int64_t width = kernel.panel_width, tile_rows = kernel.tile_rows(compute);
   const int64_t units = kernel.units(k, compute), panels = (n + width - 1) / width;
 
   static thread_local Buffer<float> panel_buffer;
@@ -37,9 +37,8 @@ void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int6
   const int64_t wanted = round_up((m + kMaxBlockRows - 1) / kMaxBlockRows, threads);
   const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
-  // sums of inputs that need more than one pass over a panel's block stay with the whole block of
-  // rows
-  const int64_t group_rows = units <= kernel.block_steps ? tile_rows : block_rows;
+  const int64_t group_rows =
+      kernel.multiplies_whole_blocks(units, compute) ? block_rows : tile_rows;
   parallel_for(blocks, [&](int64_t begin, int64_t end) {
     static thread_local Buffer<float> row_buffer, tile_buffer;
     float* scratch = row_buffer.get(block_rows * (units + kLanes));

@@ -14,9 +14,9 @@
 // clang-format on
 
 const Kernels kTable = {
-    kTileRows,
     kPanel,
-    kBlockSteps,
+    tile_rows,
+    multiplies_whole_blocks,
     units,
     pack_panel,
     pack_rows,

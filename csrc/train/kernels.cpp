@@ -8,6 +8,8 @@ const Kernels& kernels() {
   static const Kernels& table = [&]() -> const Kernels& {
     switch (cpu::active_isa()) {
 #if defined(__x86_64__)
+      case cpu::Isa::kAmx:
+        return amx::kTable;
       case cpu::Isa::kAvx512Bf16:
         return avx512_bf16::kTable;
       case cpu::Isa::kAvx512:

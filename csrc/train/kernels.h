@@ -132,9 +132,11 @@ struct AdamWPart {
 };
 
 struct Kernels {
-  int tile_rows;    // rows of a product are computed in such tiles
-  int panel_width;  // columns likewise
-  int block_steps;  // steps that are summed at once
+  int panel_width;                      // columns of a product are computed so many at a time
+  int64_t (*tile_rows)(Dtype compute);  // rows likewise
+  // Whether all rows of a block take a panel together: its steps are more than are summed at once,
+  // or many rows are multiplied sooner.
+  bool (*multiplies_whole_blocks)(int64_t units, Dtype compute);
   // Units of one row or column of a product with so many inputs.
   int64_t (*units)(int64_t inputs, Dtype compute);
 
@@ -195,6 +197,9 @@ namespace avx512 {
 extern const Kernels kTable;
 }
 namespace avx512_bf16 {
+extern const Kernels kTable;
+}
+namespace amx {
 extern const Kernels kTable;
 }
 

@@ -1,0 +1,17 @@
+// With AMX all bf16 products are in tiles, and those of int8 of more rows than a few; the same
+// names as blocks_none.h, which says what they are.
+
+constexpr int kMaxTileRows = 256;
+// A tile, and behind it the sums of each digit.
+constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * 4;
+constexpr int kMostRowsWithoutTiles = 2;
+constexpr bool kHasTiles = true;
+constexpr bool kSharesBlocks = true;
+template <class Format>
+constexpr bool shares_float_blocks(int) {
+  return Format::kInputs == 2;
+}
+template <int kDigits>
+static bool shares_int8_blocks(const Matrix&, int rows) {
+  return rows * kDigits > 8;
+}

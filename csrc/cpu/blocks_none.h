@@ -1,0 +1,16 @@
+// How many rows a product takes at a time, and whether they share blocks of weights.
+
+constexpr int kMaxTileRows = 96;  // with a panel of weights they stay in the L2 cache
+constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth;
+// Whether the CPU has registers for tiles, see amx.h.
+constexpr bool kHasTiles = false;
+// Whether there are products that share them, and which do. int8 is that of one scale an output.
+constexpr bool kSharesBlocks = false;
+template <class Format>
+constexpr bool shares_float_blocks(int) {
+  return false;
+}
+template <int kDigits>
+static bool shares_int8_blocks(const Matrix&, int) {
+  return false;
+}

@@ -37,6 +37,7 @@ template <class Format, int kQueries>
 struct FloatCache {
   using Element = typename Format::Element;
   static constexpr int kTogether = side_by_side(kQueries);
+  static constexpr int count(const AttentionTile&) { return kQueries; }
   alignas(64) Element queries[kQueries][kMaxHeadDim];
   alignas(64) Element weights[kQueries][kChunkKeys];
 
@@ -119,6 +120,7 @@ template <int kQueries>
 struct Int8Cache {
   static constexpr int kDigits = 2, kInputs = 4;
   static constexpr int kTogether = side_by_side(kQueries * kDigits);
+  static constexpr int count(const AttentionTile&) { return kQueries; }
   alignas(64) int8_t queries[kQueries][kDigits][kMaxHeadDim];
   alignas(64) int8_t weights[kQueries][kDigits][kChunkKeys];
   float query_scales[kQueries], weight_scales[kQueries];
@@ -255,8 +257,9 @@ static void merge_states(float* into, const float* from, int head_dim) {
 template <class Cache, int kQueries>
 static void attend_queries(const AttentionTile& tile, int chunk, float* const* states) {
   const int chunk_first = chunk * kChunkKeys, chunk_last = chunk_first + kChunkKeys;
+  const int count = Cache::count(tile);
   int first[kQueries], last[kQueries], begin = chunk_last, end = chunk_first;
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = 0; q < count; ++q) {
     first[q] = tile.first_key[q] > chunk_first ? tile.first_key[q] : chunk_first;
     last[q] = tile.last_key[q] < chunk_last ? tile.last_key[q] : chunk_last;
     if (first[q] >= last[q]) continue;  // the query sees nothing of this chunk
@@ -267,7 +270,7 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
 
   Cache cache;
   const int width = static_cast<int>(round_up(tile.head_dim, kLanes));
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = 0; q < count; ++q) {
     alignas(64) float query[kMaxHeadDim];
     for (int i = 0; i < width; i += kLanes) {
       store(query + i, keep_lanes(load(tile.queries[q] + i), 0, tile.head_dim - i, 0.0f));
@@ -285,7 +288,7 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
   }
 
   float tops[kQueries], totals[kQueries];
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = 0; q < count; ++q) {
     totals[q] = 0;
     tops[q] = 0;
     const bool sees_nothing = first[q] >= last[q];
@@ -315,7 +318,7 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
     });
   }
   alignas(64) float partial[kLanes + kMaxHeadDim];
-  for (int q = 0; q < kQueries; ++q) {
+  for (int q = 0; q < count; ++q) {
     if (first[q] >= last[q]) continue;
     partial[0] = tops[q];
     partial[1] = totals[q];
@@ -324,7 +327,14 @@ static void attend_queries(const AttentionTile& tile, int chunk, float* const* s
   }
 }
 
+// On those ISAs that have tiles: to a bf16 cache.
+template <class Format>
+static void attend_in_tiles(const AttentionTile& tile, int chunk, float* const* states);
+
 static void attend_chunk(const AttentionTile& tile, int chunk, float* const* states) {
+  if constexpr (kHasTiles) {
+    if (tile.pages.kind == KvKind::kBf16) return attend_in_tiles<Bf16Format>(tile, chunk, states);
+  }
   with_constant<kMaxQueries>(tile.num_queries, [&](auto Q) {
     constexpr int kQueries = decltype(Q)::value;
     switch (tile.pages.kind) {

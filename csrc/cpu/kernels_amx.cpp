@@ -33,7 +33,11 @@ namespace leangpt::cpu::amx {
 //
 #include "kernels-inl.h"
 //
+#include "tile_order_amx.h"
+//
 #include "linear_amx.h"
+//
+#include "attention_amx.h"
 
 }  // namespace leangpt::cpu::amx
 

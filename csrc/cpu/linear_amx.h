@@ -5,8 +5,7 @@ static Sums sums_of(T* sums) {
   return {reinterpret_cast<uint8_t*>(sums), kPanelWidth * 4};
 }
 
-// What multiply_few gives, bit for bit, without AMX: a tile multiplies 16 rows in the time of one,
-// and memory is waited for with few. Where there are no subnormal numbers, see with_tile_rounding.
+// A tile multiplies 16 rows in the time of one, so one or two go without.
 template <int kRows>
 static void multiply_bf16_rows(const uint8_t* weights, const uint8_t* rows, int64_t row_bytes,
                                int64_t steps, float* sums) {
@@ -16,32 +15,17 @@ static void multiply_bf16_rows(const uint8_t* weights, const uint8_t* rows, int6
   }
   for (int64_t first = 0; first < steps; first += kTileSteps) {
     const int64_t end = steps - first < kTileSteps ? steps : first + kTileSteps;
-    Vec even[kRows][kPanelVecs], odd[kRows][kPanelVecs];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kPanelVecs; ++v) even[r][v] = odd[r][v] = zero();
-    }
+    TileSum parts[kRows][kPanelVecs];
     for (int64_t step = first; step < end; ++step) {
       for (int v = 0; v < kPanelVecs; ++v) {
         const uint8_t* at = weights + step * kStepBytes + v * 64;
         prefetch_weights(at);
-        const __m512i pairs = _mm512_loadu_si512(at);
-        const Vec first_input = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
-        const Vec second_input = {
-            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
-        for (int r = 0; r < kRows; ++r) {
-          uint32_t pair;
-          std::memcpy(&pair, rows + r * row_bytes + step * 4, sizeof pair);
-          const __m512i both = _mm512_set1_epi32(static_cast<int32_t>(pair));
-          even[r][v] =
-              fma(first_input, {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))}, even[r][v]);
-          odd[r][v] = fma(second_input,
-                          {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)))},
-                          odd[r][v]);
-        }
+        const Pairs pairs(at);
+        for (int r = 0; r < kRows; ++r) parts[r][v].add(pairs, rows + r * row_bytes + step * 4);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kPanelVecs; ++v) totals[r][v] = totals[r][v] + (even[r][v] + odd[r][v]);
+      for (int v = 0; v < kPanelVecs; ++v) totals[r][v] = totals[r][v] + parts[r][v].total();
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -49,16 +33,6 @@ static void multiply_bf16_rows(const uint8_t* weights, const uint8_t* rows, int6
       store(sums + r * kPanelWidth + v * kLanes, totals[r][v]);
     }
   }
-}
-
-// Subnormal numbers are zeros within f().
-template <class F>
-static inline void with_tile_rounding(const F& f) {
-  constexpr unsigned kFlushed = 0x8040;  // of results and of inputs
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(before | kFlushed);
-  f();
-  _mm_setcsr(before);
 }
 
 template <class Format>

@@ -301,10 +301,15 @@ static Vec activate(Vec x, Activation activation) {
 
 static void finish_tile(const Matrix& w, const float* tile, int rows, int panel,
                         const Epilogue& e) {
+  constexpr int kRowsAhead = 8;
   const bool is_gated = e.activation == Activation::kSwiglu;
   const int64_t first_column = static_cast<int64_t>(panel) * kPanelWidth;
   for (int r = 0; r < rows; ++r) {
     float* out = e.out + r * e.stride;
+    // rows lie far apart: no prefetcher of the CPU sees the next ones coming
+    for (int v = 0; v < kPanelVecs; ++v) {
+      __builtin_prefetch(out + kRowsAhead * e.stride + first_column + v * kLanes, 1);
+    }
     const float* addend = e.addends ? e.addends[r] : nullptr;
     for (int v = 0; v < kPanelVecs; ++v) {
       const int64_t column = first_column + v * kLanes;

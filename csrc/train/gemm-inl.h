@@ -310,6 +310,14 @@ static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, in
     T* out = static_cast<T*>(e.out) + row;
     T* activated = static_cast<T*>(e.activated) + row;
     const T* inner = static_cast<const T*>(e.inner) + row;
+    // rows lie far apart: no prefetcher of the CPU sees the next ones coming
+    constexpr int64_t kRowsAhead = 8, kLine = 64 / sizeof(T);
+    for (int64_t c = 0; c < columns; c += kLine) {
+      const int64_t at = kRowsAhead * e.stride + c;
+      __builtin_prefetch(out + at, 1);
+      if constexpr (kPass != ActivationPass::kNone) __builtin_prefetch(activated + at, 1);
+      if constexpr (kPass == ActivationPass::kBackward) __builtin_prefetch(inner + at);
+    }
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int64_t left = columns - c;
       Vec value = load(tile + r * kPanel + c);

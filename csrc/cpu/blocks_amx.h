@@ -13,5 +13,5 @@ constexpr bool shares_float_blocks(int) {
 }
 template <int kDigits>
 static bool shares_int8_blocks(const Matrix&, int rows) {
-  return rows * kDigits > 8;
+  return rows * kDigits > kTileRows;
 }

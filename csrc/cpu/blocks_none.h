@@ -1,7 +1,7 @@
 // How many rows a product takes at a time, and whether they share blocks of weights.
 
 constexpr int kMaxTileRows = 96;  // with a panel of weights they stay in the L2 cache
-constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth;
+constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * 2;  // and sums of a block
 // Whether the CPU has registers for tiles, see amx.h.
 constexpr bool kHasTiles = false;
 // Whether there are products that share them, and which do. int8 is that of one scale an output.

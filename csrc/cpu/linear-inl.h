@@ -77,6 +77,74 @@ static void float_tile(const uint8_t* panel, const uint8_t* rows, int64_t row_by
   }
 }
 
+// Calls f(first, Int<n>, tile, tiles) for tiles of rows as even as they can be, of at most kMost.
+template <int kMost, class F>
+static void each_tile(int rows, const F& f) {
+  const int tiles = (rows + kMost - 1) / kMost;
+  for (int t = 0; t < tiles; ++t) {
+    const int first = t * rows / tiles;
+    with_constant<kMost>((t + 1) * rows / tiles - first, [&](auto n) { f(first, n, t, tiles); });
+  }
+}
+
+// As float_tile, of a block of weights that some tiles share, one after the other: the sums go on
+// from block to block, and with each step it asks for `fetched_bytes` at `next`.
+template <class Format, int kRows>
+static void shared_tile(const uint8_t* weights, const uint8_t* rows, int64_t row_bytes, int steps,
+                        const uint8_t* next, int fetched_bytes, bool goes_on, float* out) {
+  Vec sums[kRows][kPanelVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      sums[r][v] = goes_on ? load(out + r * kPanelWidth + v * kLanes) : zero();
+    }
+  }
+  for (int step = 0; step < steps; ++step, next += fetched_bytes) {
+    for (int i = 0; i < fetched_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    typename Format::Weights of_step[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) {
+      of_step[v] = Format::load_weights(weights + step * kStepBytes + v * 64);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto* a = reinterpret_cast<const typename Format::Element*>(rows + r * row_bytes) +
+                      step * Format::kInputs;
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = Format::dot(sums[r][v], of_step[v], a);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kPanelVecs; ++v) store(out + r * kPanelWidth + v * kLanes, sums[r][v]);
+  }
+}
+
+// Of some more rows than a tile has: each block of weights comes from memory once and is multiplied
+// from the L1 cache. Tiles ask for equal shares of what comes next, so that memory is never idle.
+template <class Format>
+static void shared_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                int panel, float* tile) {
+  constexpr int kSharedSteps = 64, kFetchedAhead = 16384;
+  static_assert(kBlockSteps % kSharedSteps == 0);
+  float* part = tile + kMaxTileRows * kPanelWidth;
+  const int64_t steps = w.steps();
+  for (int64_t step = 0; step < steps; step += kSharedSteps) {
+    const int count = static_cast<int>(steps - step < kSharedSteps ? steps - step : kSharedSteps);
+    const uint8_t* weights = w.data + panel * w.panel_bytes() + step * kStepBytes;
+    float* sums = step < kBlockSteps ? tile : part;
+    each_tile<kTileRows>(rows, [&](int r, auto n, int t, int tiles) {
+      shared_tile<Format, decltype(n)::value>(
+          weights,
+          a.rows + (first_row + r) * a.row_bytes +
+              step * Format::kInputs * sizeof(typename Format::Element),
+          a.row_bytes, count, weights + kFetchedAhead + t * count * kStepBytes / tiles,
+          static_cast<int>(kStepBytes) / tiles, step % kBlockSteps != 0, sums + r * kPanelWidth);
+    });
+    if (sums == part &&
+        (step % kBlockSteps == kBlockSteps - kSharedSteps || step + count == steps)) {
+      for (int64_t i = 0; i < rows * kPanelWidth; i += kLanes) {
+        store(tile + i, load(tile + i) + load(part + i));
+      }
+    }
+  }
+}
+
 // On those ISAs whose tiles share blocks of weights.
 template <class Format>
 static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
@@ -91,6 +159,11 @@ static void float_linear(const Matrix& w, const Activations& a, int64_t first_ro
   if constexpr (kSharesBlocks) {
     if (shares_float_blocks<Format>(rows)) {
       return blocked_float_linear<Format>(w, a, first_row, rows, panel, tile);
+    }
+  }
+  if constexpr (kMostSharingRows > 0) {
+    if (rows > kTileRows && rows <= kMostSharingRows) {
+      return shared_float_linear<Format>(w, a, first_row, rows, panel, tile);
     }
   }
   const int64_t steps = w.steps();

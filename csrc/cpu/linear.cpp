@@ -4,6 +4,10 @@
 
 namespace leangpt::cpu {
 
+namespace {
+constexpr int64_t kRowsTogether = 32;  // fewer cost more than they share out
+}
+
 void Linear::make_room(const Matrix& w, int64_t rows) {
   const int64_t bytes = kernels().activation_row_bytes(w), groups = w.groups();
   activations_ = {rows_.get(rows * bytes), bytes, scales_.get(rows * groups),
@@ -16,7 +20,11 @@ void Linear::multiply_some(const Matrix& w, int64_t rows, int64_t panels, const 
   Team& team = Team::get();
   const Kernels& k = kernels();
   float* room = tiles_.get(team.num_threads() * k.tile_floats);
-  const int64_t most = k.max_tile_rows, blocks = (rows + most - 1) / most;
+  // many threads share few panels: then each takes fewer rows of one
+  const int64_t wanted = (4 * team.num_threads() + panels - 1) / std::max<int64_t>(panels, 1);
+  const int64_t most = std::min<int64_t>(
+      k.max_tile_rows, round_up((std::max<int64_t>(rows, 1) + wanted - 1) / wanted, kRowsTogether));
+  const int64_t blocks = (rows + most - 1) / most;
   team.run(panels * blocks, [&](int64_t item, int thread) {
     const int64_t first_row = item / panels * most;
     Epilogue shifted = epilogue;

@@ -21,16 +21,6 @@ struct Shared {
         rows(reinterpret_cast<int16_t*>(sums + kMaxTileRows * kPanelWidth * 4 * kMaxWideDigits)) {}
 };
 
-// Calls f(first, Int<n>, tile, tiles) for tiles of rows as even as they can be, of at most kMost.
-template <int kMost, class F>
-static void each_tile(int rows, const F& f) {
-  const int tiles = (rows + kMost - 1) / kMost;
-  for (int t = 0; t < tiles; ++t) {
-    const int first = t * rows / tiles;
-    with_constant<kMost>((t + 1) * rows / tiles - first, [&](auto n) { f(first, n, t, tiles); });
-  }
-}
-
 // Sums of some rows and 16 outputs, over the inputs of a block, whose weights lie `kStride` floats
 // apart. With every two inputs it asks for the weights at `next`, which moves on by so many bytes.
 template <int kRows, int kStride>

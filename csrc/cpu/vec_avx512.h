@@ -100,6 +100,8 @@ static inline Vec combine_digits(IVec high, IVec middle, IVec low) {
 // rows, so that the sums fit the registers: 24 of 32. Few rows take the whole panel, and so read it
 // as one stream.
 constexpr int kTileRows = 6;
+// Up to so many rows share blocks of weights in shared_float_linear.
+constexpr int kMostSharingRows = 32;
 constexpr int tile_vecs(int rows) { return rows <= kTileRows ? 4 : 1; }
 constexpr int grouped_tile_vecs(int tokens) { return tokens == 1 ? 4 : 2; }
 // Queries that attend together.

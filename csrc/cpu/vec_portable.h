@@ -235,6 +235,7 @@ static inline IVec dot_int8(IVec sum, Int8Weights w, const int8_t* a) {
 // rows, so that the sums fit the registers: 12 of the 16 of SSE2, four for each Vec. Few rows take
 // the whole panel, and so read it as one stream.
 constexpr int kTileRows = 3;
+constexpr int kMostSharingRows = 0;
 constexpr int tile_vecs(int rows) { return rows == 1 ? 2 : 1; }
 constexpr int grouped_tile_vecs(int tokens) { return tokens <= kTileRows ? 1 : 0; }
 constexpr int kMaxQueries = 4;

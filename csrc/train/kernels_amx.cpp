@@ -12,8 +12,9 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c"))), \
+#pragma clang attribute push(                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c," \
+                          "amx-tile,amx-bf16,amx-int8"))),                                     \
     apply_to = function)
 #else
 #pragma GCC push_options

@@ -7,6 +7,7 @@ steps, not seconds. That holds for the same machine and threads, and on GPUs as 
 
 import copy
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -45,7 +46,8 @@ from .optimizer import learning_rate, make_optimizer
 from .plot import plot_losses
 from .summary import Reason, Summary, read_summary, write_summary
 
-MEASURED_STEPS = 12  # for `minutes`
+# for `minutes`: at least so many steps, and such a share of the time
+MEASURED_STEPS, MEASURED_SHARE = 12, 0.02
 
 
 class TrainingError(RuntimeError):
@@ -282,15 +284,19 @@ def steps_within(
     """
     model, cursor = copy.deepcopy(model), batches.cursor
     optimizer, parallel_model = make_optimizer(model, config), group.parallel(model)
+    assert config.minutes is not None
     quickest = math.inf
-    for _ in range(MEASURED_STEPS):
+    end = time.perf_counter() + MEASURED_SHARE * 60 * config.minutes
+    for step in itertools.count():
         start = time.perf_counter()
+        [is_over] = group.from_main(start >= end)
+        if step >= MEASURED_STEPS and is_over:
+            break
         accumulate_gradients(parallel_model, *batches.next(), micro_batch_size, group, autocast)
         optimizer.step()
         optimizer.zero_grad()
         quickest = min(quickest, time.perf_counter() - start)
     batches.cursor = cursor
-    assert config.minutes is not None
     # logs, evaluations and checkpoints take time too, and most steps are slower
     [steps] = group.from_main(60 * config.minutes / (1.15 * quickest))
     return max(2 * config.warmup_steps, int(steps), 1)

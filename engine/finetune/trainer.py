@@ -181,6 +181,7 @@ def _finetune(config: FinetuneConfig, group: Group, interrupt: Interrupt) -> Out
     torch.manual_seed(config.seed)
     model = load_model(path, device=group.device)
     max_len = _max_len(config, model)
+    config.task.check_length(max_len)
     data = _read_data(config, tokenizer, ChatTemplate.load(folder), max_len)
     if config.progress and group.is_main:
         print("\n".join(data.messages), file=sys.stderr)

@@ -211,6 +211,13 @@ class TestPairs:
         assert example.tokens == [*b"ab=x"]
         assert example.targets == [IGNORED, IGNORED, ord("x"), EOS]
 
+    def test_no_room_for_a_prompt_is_said_before_any_row_is_read(self):
+        with pytest.raises(
+            ValueError, match=r"max_answer_tokens \(4\) must be less than max_len \(4"
+        ):
+            self.task.check_length(4)
+        self.task.check_length(5)
+
     def test_too_long_an_answer_is_cut(self):
         example = self.task.encode(self.task.parse({"source": "ab", "target": "vwxyz"}), BYTES, 64)
         assert example.is_cut and example.targets[-4:] == [*b"vwxy"]
@@ -462,6 +469,14 @@ class TestChat:
     def test_bad_rows(self, messages, message):
         with pytest.raises(ValueError, match=message):
             Chat().parse({"messages": messages})
+
+    def test_a_line_of_text_is_what_the_user_says(self):
+        task = Chat()
+        assert task.parse_input({task.line_field(): "你好"}) == (
+            {"role": "user", "content": "你好"},
+        )
+        with pytest.raises(ValueError, match="message 0 must have a content that is text"):
+            task.parse_input({"messages": " "})
 
 
 class TestTables:

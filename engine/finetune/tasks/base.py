@@ -77,6 +77,13 @@ class Task(Generic[Sample]):
         """
         raise ValueError(f"rows for {self.name} have several fields: give JSON objects, one a line")
 
+    def check_length(self, max_len: int) -> None:
+        """Check options of the task that examples of `max_len` tokens have no room for.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+
     def key(self, sample: Sample) -> Hashable:
         """Samples of the same key are duplicates: what is asked, without the answer."""
         raise NotImplementedError

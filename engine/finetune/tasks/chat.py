@@ -37,6 +37,8 @@ class Chat(LanguageTask[Conversation]):
 
     def parse_input(self, values: dict[str, Any]) -> Conversation:
         messages = list_of(values, self.messages_field)
+        if isinstance(messages, str):  # a line of plain text, or a cell of a table
+            messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, list) or not messages:
             raise ValueError(
                 f"{self.messages_field!r} must be a list of messages, got {messages!r:.80}"
@@ -53,6 +55,9 @@ class Chat(LanguageTask[Conversation]):
                 )
             encode_utf8(content)
         return tuple(messages)
+
+    def line_field(self) -> str:
+        return self.messages_field
 
     def key(self, sample: Conversation) -> tuple[tuple[str, str], ...]:
         return tuple((message["role"], message["content"]) for message in sample)

@@ -60,18 +60,19 @@ class PairTask(LanguageTask[Pair]):
         names = set(fields_of(self.prompt))
         return names.pop() if len(names) == 1 else super().line_field()
 
+    def check_length(self, max_len: int) -> None:
+        if self.max_answer_tokens >= max_len:
+            raise ValueError(
+                f"max_answer_tokens ({self.max_answer_tokens}) must be less than max_len ({max_len})"
+            )
+
     def key(self, sample: Pair) -> tuple[str, ...]:
         return tuple(sample.texts.values())
 
     def prompt_tokens(
         self, sample: Pair, tokenizer: Tokenizer, max_len: int
     ) -> tuple[list[int], bool]:
-        room = max_len - self.max_answer_tokens
-        if room < 1:
-            raise ValueError(
-                f"max_answer_tokens ({self.max_answer_tokens}) must be less than max_len ({max_len})"
-            )
-        return encode_prompt(self.prompt, sample.texts, tokenizer, room)
+        return encode_prompt(self.prompt, sample.texts, tokenizer, max_len - self.max_answer_tokens)
 
     def encode(self, sample: Pair, tokenizer: Tokenizer, max_len: int) -> Example:
         prompt, is_cut = self.prompt_tokens(sample, tokenizer, max_len)

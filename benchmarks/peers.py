@@ -159,7 +159,8 @@ class LlamaCpp:
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
         if "amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-            options.use_extra_bufts = False  # its AMX layout crashes where token table and head are one
+            # its AMX layout crashes where token table and head are one
+            options.use_extra_bufts = False
         path = folder / f"{variant}.gguf"
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self.model:

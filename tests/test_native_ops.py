@@ -387,7 +387,9 @@ class TestModel:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(model, 3)))
 
 
-OTHER_ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa != decode.cpu_isa()]
+OTHER_ISAS = [
+    isa for isa in ("portable", "avx2", "avx512", "avx512_bf16") if isa != decode.cpu_isa()
+]
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)

@@ -165,7 +165,8 @@ def native_extensions(cuda: Cuda | None) -> list[Extension]:
         CppExtension(
             "leangpt.kernels._C",
             [
-                *("csrc/bindings.cpp", "csrc/bindings_train.cpp", "csrc/cpu/isa.cpp"),
+                *("csrc/bindings.cpp", "csrc/bindings_train.cpp", "csrc/bindings_autograd.cpp"),
+                "csrc/cpu/isa.cpp",
                 *sorted(glob("csrc/train/*.cpp")),
             ],
             depends=headers,

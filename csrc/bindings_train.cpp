@@ -1,5 +1,6 @@
 // Ops of training on a CPU: schemas, argument checks, and from tensors to pointers. What the ops do
-// stands in kernels/ops.py; kernels/native_ops.py has their fake implementations and gradients.
+// stands in kernels/ops.py; bindings_autograd.cpp has their gradients, kernels/native_ops.py their
+// fake implementations.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-"""The native backend: the ops of the compiled extension as ops.py calls them, their fake implementations and their gradients.
+"""The native backend: the ops of the compiled extension as ops.py calls them, and their fake implementations.
 
 They compute in float32, or in bfloat16 with float32 sums, on a CPU. Within `torch.autocast` they do what torch's own do:
 products run in its dtype, norms and the residual stream keep theirs. Weights are rounded to that dtype while they are packed,
@@ -7,7 +7,6 @@ reference is faster, the reference runs. Gradients have no gradients of their ow
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +24,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _wanted(gradients: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | None]:
-    return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
 
 
 def embedding(
@@ -210,12 +205,8 @@ def _all_in(dtypes: tuple[torch.dtype, ...], tensors: Sequence[Tensor]) -> bool:
     return all(tensor.dtype in dtypes for tensor in tensors)
 
 
-def _register() -> None:
-    """The fake implementation and the gradients of each op."""
-    ops, register_fake = torch.ops.leangpt, torch.library.register_fake
-
-    def register_autograd(name: str, backward: Any, setup_context: Any) -> None:
-        torch.library.register_autograd(f"leangpt::{name}", backward, setup_context=setup_context)
+def _register_fakes() -> None:
+    register_fake = torch.library.register_fake
 
     @register_fake("leangpt::embedding")
     def _(tokens, weight, positions, position_weight):
@@ -224,22 +215,6 @@ def _register() -> None:
     @register_fake("leangpt::embedding_backward")
     def _(grad, index, num_rows):
         return grad.new_empty((num_rows, grad.shape[-1]))
-
-    def keep_embedding(ctx, inputs, output):
-        tokens, weight, positions, position_weight = inputs
-        ctx.save_for_backward(tokens, positions)
-        ctx.sizes = len(weight), 0 if position_weight is None else len(position_weight)
-
-    def embedding_backward(ctx, grad):
-        dweight, dposition_weight = (
-            ops.embedding_backward(grad, index, size) if is_wanted else None
-            for index, size, is_wanted in zip(
-                ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad[1::2], strict=True
-            )
-        )
-        return None, dweight, None, dposition_weight
-
-    register_autograd("embedding", embedding_backward, keep_embedding)
 
     @register_fake("leangpt::rotary_qkv")
     def _(qkv, cos, sin, num_kv_heads, q_weight, k_weight, eps):
@@ -255,19 +230,6 @@ def _register() -> None:
             return dqkv, cos.new_empty(0), cos.new_empty(0)
         return dqkv, q_weight.new_empty(D), q_weight.new_empty(D)
 
-    def keep_rotary_qkv(ctx, inputs, output):
-        qkv, cos, sin, _, q_weight, k_weight, ctx.eps = inputs
-        kept = None if q_weight is None else qkv  # turning back needs no input, norms do
-        ctx.save_for_backward(kept, cos, sin, q_weight, k_weight)
-
-    def rotary_qkv_backward(ctx, dq, dk, dv):
-        gradients = ops.rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors, ctx.eps)
-        wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-        dqkv, dq_weight, dk_weight = _wanted(gradients, wanted)
-        return dqkv, None, None, None, dq_weight, dk_weight, None
-
-    register_autograd("rotary_qkv", rotary_qkv_backward, keep_rotary_qkv)
-
     @register_fake("leangpt::linear")
     def _(x, weight, bias, compute):
         return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute)
@@ -281,17 +243,6 @@ def _register() -> None:
             else x.new_empty(0)
             for t, is_wanted in zip(shapes, wanted, strict=True)
         )
-
-    def keep_linear(ctx, inputs, output):
-        x, weight, _, ctx.compute = inputs
-        ctx.save_for_backward(x, weight)
-
-    def linear_backward(ctx, grad):
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = ops.linear_backward(grad, *ctx.saved_tensors, ctx.compute, wanted)
-        return *_wanted(gradients, wanted), None
-
-    register_autograd("linear", linear_backward, keep_linear)
 
     @register_fake("leangpt::mlp")
     def _(x, w_in, b_in, w_out, b_out, residual, activation, compute):
@@ -309,19 +260,6 @@ def _register() -> None:
             for t, is_wanted in zip(shapes, wanted, strict=True)
         )
 
-    def keep_mlp(ctx, inputs, output):
-        x, w_in, _, w_out, _, _, ctx.activation, ctx.compute = inputs
-        ctx.save_for_backward(x, output[1], w_in, w_out)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def mlp_backward(ctx, grad, _):
-        *wanted, wants_residual = ctx.needs_input_grad[:6]
-        gradients = ops.mlp_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.compute, wanted)
-        return *_wanted(gradients, wanted), grad if wants_residual else None, None, None
-
-    register_autograd("mlp", mlp_backward, keep_mlp)
-
     @register_fake("leangpt::attention")
     def _(q, k, v, window, scale):
         B, T, H, _ = q.shape
@@ -330,18 +268,6 @@ def _register() -> None:
     @register_fake("leangpt::attention_backward")
     def _(grad, q, k, v, out, lse, window, scale):
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def keep_attention(ctx, inputs, output):
-        *tensors, ctx.window, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def attention_backward(ctx, grad, _):
-        gradients = ops.attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-        return *gradients, None, None
-
-    register_autograd("attention", attention_backward, keep_attention)
 
     @register_fake("leangpt::normalize")
     def _(x, residual, weight, bias, eps, is_rms):
@@ -360,28 +286,6 @@ def _register() -> None:
             weight.new_empty(weight.shape),
             weight.new_empty(weight.shape),
         )
-
-    def keep_norm(ctx, inputs, output):
-        x, residual, weight, _, _, ctx.is_rms = inputs
-        _, total, mean, rstd = output
-        ctx.has_residual, ctx.x_dtype = residual is not None, x.dtype
-        ctx.save_for_backward(total if ctx.has_residual else x, mean, rstd, weight)
-        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_residual else (total,)))
-        ctx.set_materialize_grads(False)
-
-    def normalize_backward(ctx, grad, grad_total, *_):
-        total, mean, rstd, weight = ctx.saved_tensors
-        if grad is None:  # only total was used
-            dx = None if grad_total is None else grad_total.to(ctx.x_dtype)
-            return dx, grad_total, None, None, None, None
-        dtotal, dx, dweight, dbias = ops.normalize_backward(
-            grad, grad_total, total, mean, rstd, weight, ctx.x_dtype, ctx.is_rms
-        )
-        dx = dtotal if ctx.x_dtype == total.dtype else dx
-        dresidual = dtotal if ctx.has_residual else None
-        return dx, dresidual, dweight, dbias if ctx.needs_input_grad[3] else None, None, None
-
-    register_autograd("normalize", normalize_backward, keep_norm)
 
     @register_fake("leangpt::grad_norm")
     def _(grads):
@@ -412,20 +316,6 @@ def _register() -> None:
         )
         return loss, *gradients
 
-    def keep_gradients(ctx, inputs, output):
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    def scale_gradients(ctx, grad, *_):
-        scaled = [
-            (gradient * grad).to(gradient.dtype) if is_wanted else None
-            for gradient, is_wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-        ]
-        return *scaled, *(None,) * 7
-
-    register_autograd("linear_cross_entropy", scale_gradients, keep_gradients)
-
 
 if native.unavailable_reason is None:
-    _register()
+    _register_fakes()

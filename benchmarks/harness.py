@@ -142,6 +142,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
+        if 0 < abs(value) < 0.1:
+            return f"{value:.2g}"
         return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
     return str(value)
 

@@ -171,16 +171,26 @@ def train_baseline(options: Baseline, start: float) -> Curve:
     return Curve(f"PyTorch, {kind}", options.seed, num_steps, speed, points)
 
 
-def train_ours(data: Path, minutes: float, seed: int, eval_sequences: int, start: float) -> Curve:
-    """The run of `leangpt demo`, with another seed, and validated on the sequences of the baseline."""
+def train_ours(
+    data: Path,
+    minutes: float,
+    n_layer: int,
+    batch_size: int,
+    seed: int,
+    eval_sequences: int,
+    start: float,
+) -> Curve:
+    """The run of `leangpt demo` at another size, with another seed, and validated on the sequences of the baseline."""
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config(Path(folder), data, minutes)
         config = dataclasses.replace(
             config,
+            arch=dataclasses.replace(config.arch, n_layer=n_layer),
+            batch_size=batch_size,
             seed=seed,
             max_minutes=None,
             eval_every=2 * config.eval_every,
-            eval_batches=eval_sequences // config.batch_size,
+            eval_batches=eval_sequences // batch_size,
             progress=False,
         )
         summary = train(config)
@@ -225,9 +235,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="`leangpt prepare`d")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the baseline")
-    parser.add_argument("--ours-minutes", type=float, default=3.3)
+    parser.add_argument("--ours-minutes", type=float, default=2.5)
+    ours = demo_config(Path(), Path(), 1)
+    parser.add_argument("--ours-n-layer", type=int, default=ours.arch.n_layer)
+    parser.add_argument("--ours-batch-size", type=int, default=ours.batch_size)
     parser.add_argument("--seeds", default="1,2", help="a pair of runs for each")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the baseline")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=8, help="of the baseline")
     parser.add_argument("--n-layer", type=int, default=4, help="of the baseline")
     parser.add_argument("--n-embd", type=int, default=128, help="of the baseline")
@@ -253,7 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in seeds:
             theirs = in_a_process(train_baseline, dataclasses.replace(baseline, seed=seed))
             sequences = TrainConfig.eval_batches * options.batch_size
-            ours = in_a_process(train_ours, options.data, options.ours_minutes, seed, sequences)
+            size = options.ours_n_layer, options.ours_batch_size
+            ours = in_a_process(
+                train_ours, options.data, options.ours_minutes, *size, seed, sequences
+            )
             curves += [theirs, ours]
             seconds = theirs.points[-1][0], ours.seconds_to(theirs.last)
             for curve, time_to_target in zip((theirs, ours), seconds, strict=True):
@@ -268,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         "sooner": seconds[0] / time_to_target,
                     }
                 )
-    print_table(rows)
+    print_table([row | {"bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows])
     if options.plot:
         plot(curves, options.plot)
     manifest = (options.data / "manifest.json").read_bytes()

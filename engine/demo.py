@@ -22,6 +22,8 @@ def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
         out=out,
         arch=GPTConfig.preset("tiny"),
         batch_size=4,
+        learning_rate=3e-3,  # a model as narrow as this takes more than the default
+        decay_fraction=0.75,
         warmup_steps=50,
         minutes=minutes,
         max_minutes=1.5 * minutes,  # should the machine get slower meanwhile

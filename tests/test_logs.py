@@ -204,4 +204,7 @@ def test_smoothing_is_a_centred_mean():
     smooth = _smoothed(values)
     assert smooth[350] == pytest.approx(values[343:358].mean())
     assert smooth[2] == pytest.approx(values[:5].mean())
-    assert (smooth[0], smooth[-1]) == (values[0], pytest.approx(values[-1]))
+    assert smooth[0] == values[0]
+    # the last steps differ by more than the loss falls in them: all within reach count
+    assert smooth[697] == pytest.approx(values[690:].mean())
+    assert smooth[-1] == pytest.approx(values[692:].mean())

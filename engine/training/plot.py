@@ -46,9 +46,10 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over the neighbours: about a fiftieth of the run, less towards its ends."""
+    """Mean over the neighbours: about a fiftieth of the run; at its start fewer, at its end those before alone."""
     half = len(values) // 100
     sums = np.concatenate(([0.0], values.cumsum()))
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, index[::-1]))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    before = np.minimum(half, index)
+    after = np.minimum(before, index[::-1])
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)

@@ -83,6 +83,20 @@ def documented_functions(modules: Iterable[str], num_candidates: int, seed: int 
     return rows
 
 
+def summarized_functions(count: int, lines: int = 8, seed: int = 0) -> list[Row]:
+    """How functions begin, without their docstrings; the docstring's first line sums them up."""
+    found = {}
+    for path in sorted(STDLIB.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                if first.endswith("."):
+                    node.body = node.body[1:]
+                    found["\n".join(ast.unparse(node).splitlines()[:lines])] = first
+    rows = [{"document": document, "summary": summary} for document, summary in found.items()]
+    return random.Random(seed).sample(rows, count)
+
+
 def letter_questions(count: int, seed: int = 0) -> list[Row]:
     """Is a letter, told by its Unicode name, an upper or a lower case one?"""
     answers = {"Lu": "upper case", "Ll": "lower case", "Lo": "neither"}
@@ -151,6 +165,7 @@ def main(folder: Path) -> None:
     write_conll(folder / "tag.conll", tagged_lines("argparse", 1200))
     write_jsonl(folder / "rank.jsonl", documented_functions(MODULES, 4))
     write_jsonl(folder / "qa.jsonl", letter_questions(2000))
+    write_jsonl(folder / "summarize.jsonl", summarized_functions(1500))
     write_jsonl(folder / "translate.jsonl", number_translations(3000))
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
 

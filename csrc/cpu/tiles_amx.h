@@ -110,11 +110,11 @@ static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t ro
 template <class Tiles>
 static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
                               int num_rows, int64_t steps, bool adds, const Sums& sums) {
-  constexpr int64_t kSharedSteps =
-      16 * kTileSteps;  // 64 KB, which serve all rows from the L2 cache
+  // 64 KB serve all rows from the L2 cache; many rows, whose own inputs want room there, have 32
+  const int64_t shared_steps = (num_rows > 64 ? 8 : 16) * kTileSteps;
   const int64_t whole = steps / kTileSteps * kTileSteps;
-  for (int64_t step = 0; step < whole; step += kSharedSteps) {
-    const int64_t block = whole - step < kSharedSteps ? whole - step : kSharedSteps;
+  for (int64_t step = 0; step < whole; step += shared_steps) {
+    const int64_t block = whole - step < shared_steps ? whole - step : shared_steps;
     multiply_block<Tiles>(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
                           static_cast<int>(block), adds || step > 0, sums);
   }

@@ -1,6 +1,5 @@
 // Gradients of the ops of training: what each keeps, and with which op of bindings_train.cpp it
-// goes back. In C++, since a small model's step is a hundred ops, for each of which Python would
-// take as long as the op.
+// goes back. In C++: in Python they took a sixth of a small model's step (benchmarks/README.md).
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace leangpt::train {
 namespace {

@@ -15,7 +15,7 @@ def _load() -> str | None:
     library = folder / f"_C-torch{torch.__version__}.so"
     if library.exists():
         torch.ops.load_library(str(library))
-        # what came last
+        # the gradients came last
         if torch._C._dispatch_has_kernel_for_dispatch_key("leangpt::linear", "Autograd"):
             return None
         return "built from older sources: run `make build` or reinstall leangpt"

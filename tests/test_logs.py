@@ -199,7 +199,7 @@ def test_the_loss_curve_is_drawn(tmp_path):
     assert not (tmp_path / "empty.png").exists()
 
 
-def test_smoothing_is_a_centred_mean():
+def test_smoothing_is_a_mean_of_neighbours():
     values = np.random.default_rng(0).normal(size=700)  # 7 to each side
     smooth = _smoothed(values)
     assert smooth[350] == pytest.approx(values[343:358].mean())

@@ -87,3 +87,10 @@ def test_missing_extension_says_what_to_do(tmp_path):
 def test_extension_of_another_torch_is_not_loaded(tmp_path):
     (tmp_path / "_C-torch1.0.so").write_bytes(b"not even a library")
     assert reason_in(tmp_path).startswith("built for torch 1.0, but torch")
+
+
+@pytest.mark.usefixtures("extension")
+def test_extension_without_gradients_is_not_used(monkeypatch):
+    """As one is that was built before they came: a model would train on it, and learn nothing."""
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    assert native._load() == "built from older sources: run `make build` or reinstall leangpt"

@@ -5,6 +5,7 @@ constexpr int kMaxTileRows = 256;
 // A tile, and behind it the sums of each digit.
 constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * 4;
 constexpr int kMostRowsWithoutTiles = 2;
+constexpr bool kFetchesTwice = true;
 constexpr bool kHasTiles = true;
 constexpr bool kSharesBlocks = true;
 template <class Format>
@@ -12,6 +13,6 @@ constexpr bool shares_float_blocks(int) {
   return Format::kInputs == 2;
 }
 template <int kDigits>
-static bool shares_int8_blocks(const Matrix&, int rows) {
-  return rows * kDigits > kTileRows;
+static bool shares_int_blocks(const Matrix& w, int rows) {
+  return rows * kDigits > (w.group == 0 ? kTileRows : 2 * kTileRows);
 }

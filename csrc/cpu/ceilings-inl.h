@@ -8,7 +8,7 @@ static float read_memory(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i + 512 <= bytes; i += 512) {
     for (int v = 0; v < 8; ++v) {
       const uint8_t* at = p + i + v * 64;
-      __builtin_prefetch(at + 4096, 0, 2);
+      prefetch_weights(at);
       sums[v] = sums[v] + load(reinterpret_cast<const float*>(at));
     }
   }

@@ -26,10 +26,21 @@ constexpr int64_t kStepBytes = 256;
 // a panel, which stay in the L2 cache.
 constexpr int64_t kBlockSteps = 256;
 // A tile of few rows is bound by memory: it asks for weights before it needs them. For the L2
-// cache, since the L1 cache has fewer requests under way at a time; but int4 weights, of which a
-// line takes more instructions, nearer and for the L1 cache. Both measured: benchmarks/README.md.
-static inline void prefetch_weights(const uint8_t* at) { __builtin_prefetch(at + 4096, 0, 2); }
-static inline void prefetch_int4_weights(const uint8_t* at) { __builtin_prefetch(at + 2048); }
+// cache, since the L1 cache has fewer requests under way at a time, and on some CPUs once more for
+// the L1 cache; but int4 weights, of which a line takes more instructions, for that one alone. All
+// measured: benchmarks/README.md.
+static inline void prefetch_weights(const uint8_t* at) {
+  if constexpr (kFetchesTwice) {
+    __builtin_prefetch(at + 16384, 0, 2);
+    __builtin_prefetch(at + 2048);
+  } else {
+    __builtin_prefetch(at + 4096, 0, 2);
+  }
+}
+static inline void prefetch_int4_weights(const uint8_t* at) {
+  if constexpr (kFetchesTwice) __builtin_prefetch(at + 16384, 0, 2);
+  __builtin_prefetch(at + 2048);
+}
 
 struct Fp32Format {
   using Element = float;
@@ -115,12 +126,13 @@ static void shared_tile(const uint8_t* weights, const uint8_t* rows, int64_t row
   }
 }
 
-// Of some more rows than a tile has: each block of weights comes from memory once and is multiplied
-// from the L1 cache. Tiles ask for equal shares of what comes next, so that memory is never idle.
+// Of some more rows than ask for their weights themselves: each block comes from memory once and is
+// multiplied from the L1 cache. Tiles ask for equal shares of what comes next, so that memory is
+// never idle.
 template <class Format>
 static void shared_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                 int panel, float* tile) {
-  constexpr int kSharedSteps = 64, kFetchedAhead = 16384;
+  constexpr int kSharedSteps = 64, kFetchedAhead = 32768;
   static_assert(kBlockSteps % kSharedSteps == 0);
   float* part = tile + kMaxTileRows * kPanelWidth;
   const int64_t steps = w.steps();
@@ -150,8 +162,8 @@ template <class Format>
 static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                  int panel, float* tile);
 template <int kDigits>
-static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                int panel, float* tile);
+static void blocked_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile);
 
 template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
@@ -162,7 +174,7 @@ static void float_linear(const Matrix& w, const Activations& a, int64_t first_ro
     }
   }
   if constexpr (kMostSharingRows > 0) {
-    if (rows > kTileRows && rows <= kMostSharingRows) {
+    if (rows > kFetchingRows && rows <= kMostSharingRows) {
       return shared_float_linear<Format>(w, a, first_row, rows, panel, tile);
     }
   }
@@ -255,6 +267,17 @@ static void add_int4_group(const uint8_t* group, const int8_t* inputs, int64_t s
   }
 }
 
+// Adds what a group gives to a total: its digits' sums are below 2^24, exact as floats.
+template <int kDigits>
+static inline Vec add_group(Vec total, const IVec* digits, Vec scale) {
+  Vec value = to_float(digits[0]);
+  if constexpr (kDigits == 3) {
+    value = fma(value, broadcast(65536.0f),
+                fma(to_float(digits[1]), broadcast(256.0f), to_float(digits[2])));
+  }
+  return fma(scale, value, total);
+}
+
 // Grouped integers: the sum of each group is an exact integer, groups are added as floats, one
 // after the other.
 template <bool kIsInt4, int kTokens, int kDigits, int kVecs>
@@ -301,15 +324,10 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
       const Vec scale = load_f16(scales + g * kPanelWidth + v * kLanes);
       const Vec minimum = minimums ? load_f16(minimums + g * kPanelWidth + v * kLanes) : zero();
       for (int t = 0; t < kTokens; ++t) {
-        // the sums of a group are below 2^24, exact as floats
-        Vec value = to_float(sums[t * kDigits][v]);
-        if constexpr (kDigits == 3) {
-          value = fma(
-              value, broadcast(65536.0f),
-              fma(to_float(sums[t * 3 + 1][v]), broadcast(256.0f), to_float(sums[t * 3 + 2][v])));
-        }
+        IVec of_token[kDigits];
+        for (int d = 0; d < kDigits; ++d) of_token[d] = sums[t * kDigits + d][v];
         const int64_t at = (first_row + t) * groups + g;
-        totals[t][v] = fma(scale * broadcast(a.scales[at]), value, totals[t][v]);
+        totals[t][v] = add_group<kDigits>(totals[t][v], of_token, scale * broadcast(a.scales[at]));
         if (minimums) totals[t][v] = fma(minimum, broadcast(a.sums[at]), totals[t][v]);
       }
     }
@@ -324,8 +342,8 @@ static void int_linear(const Matrix& w, const Activations& a, int64_t first_row,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
   if constexpr (kSharesBlocks) {
-    if (w.group == 0 && shares_int8_blocks<kDigits>(w, rows)) {
-      return blocked_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
+    if (shares_int_blocks<kDigits>(w, rows)) {
+      return blocked_int_linear<kDigits>(w, a, first_row, rows, panel, tile);
     }
   }
   for (int r = 0; r < rows; r += kTokens) {

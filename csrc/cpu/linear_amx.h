@@ -62,9 +62,10 @@ static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t 
   }
 }
 
+// Integers of one scale an output.
 template <int kDigits>
-static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                int panel, float* tile) {
+static void whole_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                              int panel, float* tile) {
   auto* sums = reinterpret_cast<int32_t*>(tile + kMaxTileRows * kPanelWidth);
   multiply_in_tiles<Int8Tiles>(w.data + panel * w.panel_bytes(), a.rows + first_row * a.row_bytes,
                                w.padded_k(), rows * kDigits, w.steps(), false, sums_of(sums));
@@ -85,6 +86,125 @@ static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t f
       }
       store(tile + r * kPanelWidth + column, value * (load(scales + column) * row_scale));
     }
+  }
+}
+
+// What the sums of group `g` give, added to `out`, for some rows.
+template <int kDigits, bool kHasMinimums>
+static inline void add_sums(const Matrix& w, const Activations& a, int64_t first_row, int tokens,
+                            int panel, int64_t g, const int32_t* sums, float* out) {
+  const int64_t groups = w.groups(), first_scale = (panel * groups + g) * kPanelWidth;
+  Vec scales[kPanelVecs], minimums[kPanelVecs];
+  for (int v = 0; v < kPanelVecs; ++v) {
+    scales[v] = load_f16(static_cast<const uint16_t*>(w.scales) + first_scale + v * kLanes);
+    if constexpr (kHasMinimums) minimums[v] = load_f16(w.minimums + first_scale + v * kLanes);
+  }
+  const float *row_scales = a.scales + first_row * groups + g,
+              *row_sums = a.sums + first_row * groups + g;
+  const int32_t* offsets = a.offsets + (first_row * groups + g) * kDigits;
+  for (int t = 0; t < tokens; ++t) {
+    const Vec row_scale = broadcast(row_scales[t * groups]);
+    const Vec row_sum = kHasMinimums ? broadcast(row_sums[t * groups]) : zero();
+    IVec offset[kDigits];
+    for (int d = 0; d < kDigits; ++d) offset[d] = broadcast_i32(offsets[t * groups * kDigits + d]);
+    for (int v = 0; v < kPanelVecs; ++v) {
+      IVec digits[kDigits];
+      for (int d = 0; d < kDigits; ++d) {
+        const int32_t* sum = sums + (t * kDigits + d) * kPanelWidth + v * kLanes;
+        digits[d] = IVec{_mm512_loadu_si512(sum)} + offset[d];
+      }
+      float* at = out + t * kPanelWidth + v * kLanes;
+      Vec total = add_group<kDigits>(load(at), digits, scales[v] * row_scale);
+      if constexpr (kHasMinimums) total = fma(minimums[v], row_sum, total);
+      store(at, total);
+    }
+  }
+}
+
+// The sums of one group, of at most 32 rows.
+static inline void multiply_group(const uint8_t* group, const int8_t* rows, int64_t row_bytes,
+                                  int num_rows, int steps, int32_t* sums) {
+  const auto* row = reinterpret_cast<const uint8_t*>(rows);
+  const Sums out = sums_of(sums);
+  if (num_rows <= 16) {
+    clear_sums();
+    for (int step = 0; step < steps; step += kTileSteps) {
+      multiply_row_of_tiles<Int8Tiles>(group + step * kStepBytes, row + step * 4, row_bytes);
+    }
+    store_sums(out, 128, 64);
+    return;
+  }
+  for (int half = 0; half < 256; half += 128) {
+    multiply_many<Int8Tiles>(group + half, row, row_bytes, steps, false, nullptr, 0,
+                             {out.at + half, out.row_bytes});
+  }
+}
+
+// Grouped integers: int4 weights of some groups are unpacked for all rows. 32 rows at a time, so
+// that what they add to stays in the L1 cache.
+template <int kDigits, bool kHasMinimums>
+static void grouped_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile) {
+  constexpr int kTokens = 32 / kDigits, kUnpackedSteps = 64, kSums = 32 * kPanelWidth;
+  const int64_t padded_k = w.padded_k(), groups = w.groups();
+  const int group_steps = w.group / 4;
+  const int together = group_steps < kUnpackedSteps ? kUnpackedSteps / group_steps : 1;
+  auto* sums = reinterpret_cast<int32_t*>(tile + kMaxTileRows * kPanelWidth);
+  auto* unpacked = reinterpret_cast<uint8_t*>(sums + 2 * kSums);
+  const uint8_t* packed = w.data + panel * w.panel_bytes();
+  std::memset(tile, 0, rows * kPanelWidth * sizeof(float));
+  for (int64_t first = 0; first < groups; first += together) {
+    const int count = static_cast<int>(groups - first < together ? groups - first : together);
+    const uint8_t* weights = packed;
+    if (w.kind == WeightKind::kInt4) {
+      weights = unpacked;
+      for (int step = 0; step < count * group_steps; step += 2) {
+        for (int v = 0; v < kPanelVecs; ++v, packed += 64) {
+          prefetch_int4_weights(packed);
+          Int8Weights low, high;
+          load_int4_weights(packed, low, high);
+          _mm512_storeu_si512(unpacked + step * kStepBytes + v * 64, low.v);
+          _mm512_storeu_si512(unpacked + (step + 1) * kStepBytes + v * 64, high.v);
+        }
+      }
+    } else {
+      packed += count * group_steps * kStepBytes;
+    }
+    int configured = 0;
+    for (int t = 0; t < rows; t += kTokens) {
+      const int tokens = rows - t < kTokens ? rows - t : kTokens;
+      const int num_rows = tokens * kDigits;
+      if (num_rows != configured) {
+        const int few = num_rows < 16 ? num_rows : 16;
+        configure_tiles(few, num_rows > 16 ? num_rows - 16 : few,
+                        group_steps < kTileSteps ? group_steps : kTileSteps);
+        configured = num_rows;
+      }
+      const auto* digits =
+          reinterpret_cast<const int8_t*>(a.rows) + (first_row + t) * kDigits * padded_k;
+      for (int64_t g = first; g <= first + count; ++g) {
+        if (g < first + count) {
+          multiply_group(weights + (g - first) * group_steps * kStepBytes, digits + g * w.group,
+                         padded_k, num_rows, group_steps, sums + g % 2 * kSums);
+        }
+        if (g == first) continue;
+        add_sums<kDigits, kHasMinimums>(w, a, first_row + t, tokens, panel, g - 1,
+                                        sums + (g - 1) % 2 * kSums, tile + t * kPanelWidth);
+      }
+    }
+  }
+  release_tiles();
+}
+
+template <int kDigits>
+static void blocked_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile) {
+  if (w.group == 0) {
+    whole_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
+  } else {
+    const auto multiply =
+        w.minimums ? grouped_int_linear<kDigits, true> : grouped_int_linear<kDigits, false>;
+    multiply(w, a, first_row, rows, panel, tile);
   }
 }
 

@@ -213,8 +213,8 @@ static inline Vec combine_wide_digits(IVec high, IVec low) {
 }
 
 template <int kDigits>
-static void blocked_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                int panel, float* tile) {
+static void blocked_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                               int panel, float* tile) {
   constexpr int kWide = kDigits == 3 ? 2 : 1;
   const Shared shared(tile);
   auto* weights = reinterpret_cast<int16_t*>(shared.weights);

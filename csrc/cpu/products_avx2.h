@@ -15,6 +15,7 @@ constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * (1 + kMaxWideDigits
                                 kCopiedBytes / 4 +
                                 kMaxTileRows * kCopiedInt16s * kMaxWideDigits / 2;
 constexpr int kFetchingRows = 6;
+constexpr bool kFetchesTwice = false;
 constexpr bool kHasTiles = false;
 constexpr bool kSharesBlocks = true;
 template <class Format>
@@ -22,9 +23,9 @@ constexpr bool shares_float_blocks(int rows) {
   return rows > kTileRows;
 }
 template <int kDigits>
-static bool shares_int8_blocks(const Matrix& w, int rows) {
+static bool shares_int_blocks(const Matrix& w, int rows) {
   constexpr int kMostInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
-  return rows > kTileRows / kDigits && w.padded_k() <= kMostInputs;
+  return w.group == 0 && rows > kTileRows / kDigits && w.padded_k() <= kMostInputs;
 }
 
 constexpr int kCeilingSums = 5;

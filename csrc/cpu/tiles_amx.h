@@ -10,15 +10,16 @@ struct Sums {
   int64_t row_bytes;
 };
 
+static inline void clear_sums() {
+  clear_tile<0>();
+  clear_tile<1>();
+  clear_tile<2>();
+  clear_tile<3>();
+}
+
 // Tiles 0 to 3, which lie at 0, `column`, `row` and `row + column` bytes.
 static inline void load_sums(const Sums& sums, int64_t row, int64_t column, bool adds) {
-  if (!adds) {
-    clear_tile<0>();
-    clear_tile<1>();
-    clear_tile<2>();
-    clear_tile<3>();
-    return;
-  }
+  if (!adds) return clear_sums();
   load_tile<0>(sums.at, sums.row_bytes);
   load_tile<1>(sums.at + column, sums.row_bytes);
   load_tile<2>(sums.at + row, sums.row_bytes);
@@ -31,6 +32,21 @@ static inline void store_sums(const Sums& sums, int64_t row, int64_t column) {
   store_tile<3>(sums.at + row + column, sums.row_bytes);
 }
 
+// Adds 16 steps of at most 16 rows times a whole panel.
+template <class Tiles>
+static inline void multiply_row_of_tiles(const uint8_t* panel, const uint8_t* rows,
+                                         int64_t row_bytes) {
+  load_tile<4>(rows, row_bytes);
+  load_tile<6>(panel, kPanelStepBytes);
+  Tiles::template multiply<0, 4, 6>();
+  load_tile<7>(panel + 64, kPanelStepBytes);
+  Tiles::template multiply<1, 4, 7>();
+  load_tile<6>(panel + 128, kPanelStepBytes);
+  Tiles::template multiply<2, 4, 6>();
+  load_tile<7>(panel + 192, kPanelStepBytes);
+  Tiles::template multiply<3, 4, 7>();
+}
+
 // At most 16 rows. They are bound by memory: weights are asked for before they are needed.
 template <class Tiles>
 static void multiply_few(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes, int num_rows,
@@ -40,17 +56,10 @@ static void multiply_few(const uint8_t* panel, const uint8_t* rows, int64_t row_
   for (int step = 0; step < steps; step += kTileSteps) {
     const uint8_t* at = panel + step * kPanelStepBytes;
     for (int line = 0; line < kTileSteps * 4; ++line) {
-      __builtin_prefetch(at + 4096 + line * 64, 0, 2);
+      __builtin_prefetch(at + 16384 + line * 64, 0, 2);
+      __builtin_prefetch(at + 4096 + line * 64);
     }
-    load_tile<4>(rows + step * 4, row_bytes);
-    load_tile<6>(at, kPanelStepBytes);
-    Tiles::template multiply<0, 4, 6>();
-    load_tile<7>(at + 64, kPanelStepBytes);
-    Tiles::template multiply<1, 4, 7>();
-    load_tile<6>(at + 128, kPanelStepBytes);
-    Tiles::template multiply<2, 4, 6>();
-    load_tile<7>(at + 192, kPanelStepBytes);
-    Tiles::template multiply<3, 4, 7>();
+    multiply_row_of_tiles<Tiles>(at, rows + step * 4, row_bytes);
   }
   store_sums(sums, 128, 64);
 }
@@ -110,8 +119,9 @@ static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t ro
 template <class Tiles>
 static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
                               int num_rows, int64_t steps, bool adds, const Sums& sums) {
-  // 64 KB serve all rows from the L2 cache; many rows, whose own inputs want room there, have 32
-  const int64_t shared_steps = (num_rows > 64 ? 8 : 16) * kTileSteps;
+  // 64 KB serve all rows from the L2 cache; many rows, whose own inputs want room there, have 32.
+  // Those of one tile share nothing: the less often they store their sums the better.
+  const int64_t shared_steps = (num_rows > 64 ? 8 : num_rows > 16 ? 16 : 64) * kTileSteps;
   const int64_t whole = steps / kTileSteps * kTileSteps;
   for (int64_t step = 0; step < whole; step += shared_steps) {
     const int64_t block = whole - step < shared_steps ? whole - step : shared_steps;

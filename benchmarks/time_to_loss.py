@@ -7,7 +7,7 @@
 The baseline is GPT-2's architecture in PyTorch's own ops with nanoGPT's optimization: AdamW (0.9, 0.99), weight decay 0.1 on
 matrices, 100 steps of warm-up, a cosine down to a tenth, norms clipped at 1, dropout 0. Of eager and torch.compile, the one with
 the quicker step trains. Its steps are as many as fit into `--minutes` at the measured speed, and the loss after the last one
-is the target. Then leangpt trains with its default recipe for `--ours-minutes`: its time is that of the first evaluation
+is the target. Then leangpt trains as its demo does for `--ours-minutes`: its time is that of the first evaluation
 which reaches the target. Both clocks start with the process, tokens are prepared before; both include evaluations, over
 the same validation tokens. Every run is a process of its own; the last line is one JSON document.
 """
@@ -174,23 +174,19 @@ def train_baseline(options: Baseline, start: float) -> Curve:
 def train_ours(
     data: Path,
     minutes: float,
-    n_layer: int,
-    batch_size: int,
     seed: int,
     eval_sequences: int,
     start: float,
 ) -> Curve:
-    """The run of `leangpt demo` at another size, with another seed, and validated on the sequences of the baseline."""
+    """The run of `leangpt demo` with another seed, and validated on the sequences of the baseline."""
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config(Path(folder), data, minutes)
         config = dataclasses.replace(
             config,
-            arch=dataclasses.replace(config.arch, n_layer=n_layer),
-            batch_size=batch_size,
             seed=seed,
             max_minutes=None,
             eval_every=2 * config.eval_every,
-            eval_batches=eval_sequences // batch_size,
+            eval_batches=eval_sequences // config.batch_size,
             progress=False,
         )
         summary = train(config)
@@ -236,9 +232,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="`leangpt prepare`d")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the baseline")
     parser.add_argument("--ours-minutes", type=float, default=2.5)
-    ours = demo_config(Path(), Path(), 1)
-    parser.add_argument("--ours-n-layer", type=int, default=ours.arch.n_layer)
-    parser.add_argument("--ours-batch-size", type=int, default=ours.batch_size)
     parser.add_argument("--seeds", default="1,2", help="a pair of runs for each")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=8, help="of the baseline")
@@ -266,10 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in seeds:
             theirs = in_a_process(train_baseline, dataclasses.replace(baseline, seed=seed))
             sequences = TrainConfig.eval_batches * options.batch_size
-            size = options.ours_n_layer, options.ours_batch_size
-            ours = in_a_process(
-                train_ours, options.data, options.ours_minutes, *size, seed, sequences
-            )
+            ours = in_a_process(train_ours, options.data, options.ours_minutes, seed, sequences)
             curves += [theirs, ours]
             seconds = theirs.points[-1][0], ours.seconds_to(theirs.last)
             for curve, time_to_target in zip((theirs, ours), seconds, strict=True):

@@ -330,7 +330,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
                                                         double label_smoothing, double z_loss,
                                                         at::ScalarType compute,
                                                         std::array<bool, 2> wanted) {
-  constexpr int64_t kLogits = int64_t{1} << 24;  // 64 MB
+  // Logits that stay in the L2 cache until their gradients are multiplied; but more where these
+  // would be few rows, for each of which all weights are packed.
+  constexpr int64_t kLogits = int64_t{1} << 19, kRows = 256, kMostLogits = int64_t{1} << 24;
   const Tensor rows = as_rows(hidden), w = weight.contiguous(), labels = targets.contiguous();
   const int64_t num_rows = rows.size(0), vocab_size = w.size(0), width = w.size(1);
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -349,7 +351,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
   Tensor dhidden = wanted[0] ? empty_of(hidden) : nothing(hidden);
   Tensor dweight = wanted[1] ? empty_of(w.sizes(), w, at::kFloat) : nothing(w);
   if (num_rows == 0) dweight.zero_();
-  const int64_t chunk = std::max<int64_t>(1, std::min(num_rows, kLogits / vocab_size));
+  const int64_t few = std::min(kRows, kMostLogits / vocab_size);
+  const int64_t chunk =
+      std::max<int64_t>(1, std::min(num_rows, std::max(few, kLogits / vocab_size)));
   Tensor logits = empty_of({chunk, vocab_size}, rows, at::kFloat);
   float* row_loss = losses.mutable_data_ptr<float>();
   for (int64_t first = 0; first < num_rows; first += chunk) {

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,13 @@ def test_bad_number_of_threads(capsys, monkeypatch):
     monkeypatch.setenv("LEANGPT_THREADS", "many")
     status, _, err = run(capsys, "info")
     assert status == 1 and "LEANGPT_THREADS must be a positive number, got 'many'" in err
+
+
+@pytest.mark.parametrize(("is_fast", "n_layer"), [(False, 2), (True, 4)])
+def test_the_demo_has_a_model_for_slow_and_one_for_fast_machines(monkeypatch, is_fast, n_layer):
+    monkeypatch.setattr(demo, "multiplies_in_tiles", lambda device: is_fast)
+    config = demo.demo_config(Path("out"), Path("data"), 3.0)
+    assert (config.arch.n_layer, config.batch_size) == (n_layer, 2 * n_layer)
 
 
 def test_demo_trains_once_and_shows_samples(monkeypatch, tmp_path, capsys):

@@ -2,7 +2,7 @@
 // names.
 
 // A tile of at most so many rows asks for its weights ahead.
-constexpr int kFetchingRows = 2;
+constexpr int kFetchingRows = kFetchesTwice ? 4 : 2;
 // Sums that fit the registers beside what the ceilings multiply.
 constexpr int kCeilingSums =
     kTileRows * tile_vecs(kTileRows) < 12 ? kTileRows * tile_vecs(kTileRows) : 12;

@@ -304,7 +304,11 @@ def steps_within(
 
 def seed_step(seed: int, step: int, group: Group) -> None:
     """Seed torch's generators, so that what a step draws is a function of (seed, step, rank)."""
-    torch.manual_seed((seed * 1_000_003 + step) * group.size + group.rank)
+    # torch.manual_seed asks for every kind of device there is, in 0.1 to 0.4 ms
+    number = (seed * 1_000_003 + step) * group.size + group.rank
+    torch.default_generator.manual_seed(number)
+    if group.device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def accumulate_gradients(

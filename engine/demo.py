@@ -40,7 +40,13 @@ def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
 def run_demo(out: Path, minutes: float) -> None:
     """Prepare the default corpus, train for about `minutes`, print samples and where the loss curve is."""
     prepared = PrepareConfig(vocab_size=2048)  # a small model is better off with few tokens
-    prepare(prepared)
+    try:
+        prepare(prepared)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{prepared.out} holds other data than the demo's: remove this folder, or run `leangpt prepare --vocab-size"
+            f" {prepared.vocab_size} --overwrite`; remove {out} too if it is a run on that data"
+        ) from error
     config = demo_config(out, prepared.out, minutes)
     if (out / "train.json").exists():
         config = dataclasses.replace(load_config(out), resume=True)

@@ -11,7 +11,7 @@ import torch
 
 import leangpt
 from leangpt import GPT, GPTConfig, TrainConfig, cli, demo
-from leangpt.data.prepare import PrepareConfig
+from leangpt.data.prepare import PrepareConfig, prepare
 from leangpt.data.tokenizer import ByteTokenizer
 from leangpt.pretrained import save_pretrained
 
@@ -179,6 +179,21 @@ def test_the_demo_has_a_model_for_slow_and_one_for_fast_machines(monkeypatch, is
     monkeypatch.setattr(demo, "multiplies_in_tiles", lambda device: is_fast)
     config = demo.demo_config(Path("out"), Path("data"), 3.0)
     assert (config.arch.n_layer, config.batch_size) == (n_layer, 2 * n_layer)
+
+
+def test_a_demo_beside_other_data_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("ab\n" * 400, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("ba\n" * 400, encoding="utf-8")
+    prepare(PrepareConfig(inputs=("a.txt", "b.txt"), tokenizer="byte"))
+    before = (tmp_path / "data/stdlib/manifest.json").read_bytes()
+    monkeypatch.setattr(
+        demo, "PrepareConfig", lambda **options: PrepareConfig(inputs=("a.txt", "b.txt"), **options)
+    )
+    status, _, err = run(capsys, "demo")
+    assert status == 1
+    assert "remove this folder, or run `leangpt prepare --vocab-size 2048 --overwrite`" in err
+    assert (tmp_path / "data/stdlib/manifest.json").read_bytes() == before
 
 
 def test_demo_trains_once_and_shows_samples(monkeypatch, tmp_path, capsys):

@@ -27,8 +27,8 @@ constexpr int64_t kStepBytes = 256;
 constexpr int64_t kBlockSteps = 256;
 // A tile of few rows is bound by memory: it asks for weights before it needs them. For the L2
 // cache, since the L1 cache has fewer requests under way at a time, and on some CPUs once more for
-// the L1 cache; but int4 weights, of which a line takes more instructions, for that one alone. All
-// measured: benchmarks/README.md.
+// the L1 cache; int4 weights, of which a line takes more instructions, for that one in any case.
+// All measured: benchmarks/README.md.
 static inline void prefetch_weights(const uint8_t* at) {
   if constexpr (kFetchesTwice) {
     __builtin_prefetch(at + 16384, 0, 2);

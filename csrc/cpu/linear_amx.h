@@ -182,6 +182,7 @@ static void grouped_int_linear(const Matrix& w, const Activations& a, int64_t fi
       }
       const auto* digits =
           reinterpret_cast<const int8_t*>(a.rows) + (first_row + t) * kDigits * padded_k;
+      // what a group gave is added while the next one is multiplied
       for (int64_t g = first; g <= first + count; ++g) {
         if (g < first + count) {
           multiply_group(weights + (g - first) * group_steps * kStepBytes, digits + g * w.group,

@@ -16,7 +16,7 @@ from leangpt.kernels import decode, native, ops, use_backend
 DTYPES = [torch.float32, torch.bfloat16]
 # rows, inputs, outputs: of no tile, of whole ones, beyond one block of inputs, and fewer than a vector
 # of a single output few terms: the baseline of one long sum may be exact by luck
-SHAPES = [(3, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200)]
+SHAPES = [(3, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200), (230, 40, 70)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,21 @@ class TestLinear:
         M, K, N = shape
         tensors = [randn(M, K, dtype=dtype), randn(N, K, dtype=dtype), randn(N, dtype=dtype)]
         check_op(ops.linear, tensors, "native")
+
+    @pytest.mark.parametrize("scale", [1e-15, 1e15])
+    def test_large_and_small_numbers(self, scale):
+        tensors = [randn(40, 30, std=scale), randn(20, 30, std=scale), randn(20, std=scale * scale)]
+        check_op(ops.linear, tensors, "native")
+
+    def test_what_is_not_finite_stays_in_its_row(self):
+        x, weight = randn(40, 30), randn(20, 30)
+        broken = x.clone()
+        broken[[3, 7], [5, 0]] = torch.tensor([torch.inf, torch.nan])
+        with use_backend("native"):
+            expected, out = ops.linear(x, weight), ops.linear(broken, weight)
+        assert not out[[3, 7]].isfinite().any()
+        expected[[3, 7]] = out[[3, 7]]
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
     def test_without_bias_of_any_strides(self):
         x, weight = randn(3, 40, 24).transpose(1, 2), randn(40, 30).t()

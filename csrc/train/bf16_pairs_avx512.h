@@ -7,6 +7,9 @@ static inline void store_elements(uint16_t* p, Vec v) {  // to nearest, even; no
 struct Bf16Pairs {
   using Element = uint16_t;
   static constexpr int kInputs = 2;
+  static constexpr int64_t kBlockRows = 96, kBlockInputs = 1024;
+  static constexpr bool kIsSplit = false;
+  static constexpr int64_t units(int64_t inputs) { return (inputs + 1) / 2; }
   // Of two inputs of 16 rows or columns: the first in the low halves, rounded to nearest, even.
   static inline Vec unit(Vec first, Vec second) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first.v));

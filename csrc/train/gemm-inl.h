@@ -52,12 +52,12 @@ static inline auto with_type(Dtype dtype, const F& f) {
 // f(Format()) with the format that products in a dtype have on this ISA.
 template <class F>
 static inline auto with_format(Dtype compute, const F& f) {
-  return compute == Dtype::kFp32 ? f(Fp32Format()) : f(Bf16Format());
+  return compute == Dtype::kFp32 ? f(Fp32Products()) : f(Bf16Format());
 }
 
 template <class Format>
 constexpr int64_t steps_of(int64_t inputs) {
-  return (inputs + Format::kInputs - 1) / Format::kInputs;
+  return Format::units(inputs);
 }
 
 // Strips of `width` rows from `first` on of x, whose rows are adjacent in memory (row_stride 1),
@@ -132,13 +132,33 @@ static void pack_panel_of(const T* x, const Operand& layout, int64_t first, int6
   }
 }
 
+// For products of float32 in parts: float32 first, a block of inputs at a time.
+template <class Format, class T>
+static void split_panel_of(const T* x, const Operand& layout, int64_t first, int64_t extent,
+                           int64_t inputs, float* panel) {
+  float block[Format::kSplitInputs * kPanel];
+  for (int64_t input = 0; input < inputs; input += Format::kSplitInputs) {
+    const int64_t count =
+        inputs - input < Format::kSplitInputs ? inputs - input : Format::kSplitInputs;
+    pack_panel_of<Fp32Format>(x + input * layout.column_stride, layout, first, extent, count,
+                              block);
+    std::memset(block + count * kPanel, 0, (Format::kSplitInputs - count) * kPanel * sizeof(float));
+    Format::split_columns(block, panel + Format::units(input) * kPanel);
+  }
+}
+
 static void pack_panel(const Operand& x, Dtype compute, int64_t first, int64_t extent,
                        int64_t inputs, float* panel) {
   with_format(compute, [&](auto format) {
     with_type(x.dtype, [&](auto type) {
       using T = decltype(type);
-      pack_panel_of<decltype(format)>(static_cast<const T*>(x.data), x, first, extent, inputs,
-                                      panel);
+      using Format = decltype(format);
+      const auto* data = static_cast<const T*>(x.data);
+      if constexpr (Format::kIsSplit) {
+        split_panel_of<Format>(data, x, first, extent, inputs, panel);
+      } else {
+        pack_panel_of<Format>(data, x, first, extent, inputs, panel);
+      }
     });
   });
 }
@@ -201,13 +221,56 @@ static Rows pack_rows_of(const T* x, const Operand& layout, int64_t first, int64
   return {scratch, steps, 1, kRows * steps};
 }
 
+// Rows for products of float32 in parts. A row is a line longer than its units, so that the rows of
+// a tile are not all in the same sets of a cache.
+template <class Format, class T>
+static Rows split_rows_of(const T* x, const Operand& layout, int64_t first, int64_t count,
+                          int64_t extent, int64_t inputs, float* scratch) {
+  constexpr int64_t kBlock = Format::kSplitInputs;
+  const int64_t stride = Format::units(inputs) + kLanes;
+  const auto split_row = [&](const auto* row, int64_t input, int64_t r) {
+    const int64_t left = inputs - input;
+    Format::split_row(load_first(row, left),
+                      left > kLanes ? load_first(row + kLanes, left - kLanes) : zero(),
+                      scratch + r * stride + Format::units(input));
+  };
+  if (layout.column_stride == 1) {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = x + (first + r) * layout.row_stride;
+      for (int64_t input = 0; input < inputs; input += kBlock) {
+        const T* ahead = row + input + 2 * layout.row_stride;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLanes);
+        split_row(row + input, input, r);
+      }
+    }
+  } else {
+    float turned[kLanes * kBlock];
+    for (int64_t input = 0; input < inputs; input += kBlock) {
+      const int64_t left = inputs - input < kBlock ? inputs - input : kBlock;
+      for (int64_t r = 0; r < count; r += kLanes) {
+        const int64_t num_rows = count - r < kLanes ? count - r : kLanes;
+        turn_rows<Fp32Format>(x + input * layout.column_stride, layout.column_stride, first + r,
+                              num_rows, extent, left, turned);
+        for (int64_t i = 0; i < num_rows; ++i) split_row(turned + i * left, input, r + i);
+      }
+    }
+  }
+  return {scratch, stride, 1, Format::kRows * stride};
+}
+
 static Rows pack_rows(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
                       int64_t inputs, float* scratch) {
   return with_format(compute, [&](auto format) {
     return with_type(x.dtype, [&](auto type) {
       using T = decltype(type);
-      return pack_rows_of<decltype(format)>(static_cast<const T*>(x.data), x, first, count, extent,
-                                            inputs, scratch);
+      using Format = decltype(format);
+      const auto* data = static_cast<const T*>(x.data);
+      if constexpr (Format::kIsSplit) {
+        return split_rows_of<Format>(data, x, first, count, extent, inputs, scratch);
+      } else {
+        return pack_rows_of<Format>(data, x, first, count, extent, inputs, scratch);
+      }
     });
   });
 }
@@ -286,8 +349,11 @@ static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_
   });
 }
 
-static int64_t tile_rows(Dtype compute) {
-  return with_format(compute, [](auto format) { return int64_t{decltype(format)::kRows}; });
+static BlockSizes block_sizes(Dtype compute) {
+  return with_format(compute, [](auto format) {
+    using Format = decltype(format);
+    return BlockSizes{Format::kRows, Format::kBlockRows, Format::kBlockInputs};
+  });
 }
 
 static bool multiplies_whole_blocks(int64_t units, Dtype compute) {
@@ -315,6 +381,10 @@ static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, in
     for (int64_t c = 0; c < columns; c += kLine) {
       const int64_t at = kRowsAhead * e.stride + c;
       __builtin_prefetch(out + at, 1);
+      if (e.addend) {
+        __builtin_prefetch(static_cast<const uint8_t*>(e.addend) +
+                           (row + at) * size_of(e.addend_dtype));
+      }
       if constexpr (kPass != ActivationPass::kNone) __builtin_prefetch(activated + at, 1);
       if constexpr (kPass == ActivationPass::kBackward) __builtin_prefetch(inner + at);
     }

@@ -10,17 +10,12 @@ namespace {
 
 using cpu::Buffer;
 
-// Rows of a block: its left operand is packed once, and its sums with a panel stay in the L1 cache.
-constexpr int64_t kMaxBlockRows = 96;
-// Inputs of a product whose packed operands stay in the L2 cache (a block of rows) and the L3
-// cache.
-constexpr int64_t kMaxInputs = 1024;
-
 // All inputs at once.
 void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k,
                   Dtype compute, const Epilogue& epilogue, Product product) {
   const Kernels& kernel = kernels();
-  const int64_t width = kernel.panel_width, tile_rows = kernel.tile_rows(compute);
+  const int64_t width = kernel.panel_width;
+  const auto [tile_rows, max_rows, max_inputs] = kernel.block_sizes(compute);
   const int64_t units = kernel.units(k, compute), panels = (n + width - 1) / width;
 
   static thread_local Buffer<float> panel_buffer;
@@ -34,7 +29,7 @@ void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int6
 
   // as many blocks as the threads can share evenly
   const int64_t threads = num_threads();
-  const int64_t wanted = round_up((m + kMaxBlockRows - 1) / kMaxBlockRows, threads);
+  const int64_t wanted = round_up((m + max_rows - 1) / max_rows, threads);
   const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
   const int64_t blocks = (m + block_rows - 1) / block_rows;
   const int64_t group_rows =
@@ -88,7 +83,7 @@ void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, D
           const Epilogue& epilogue, Product product) {
   if (m == 0 || n == 0) return;
   const bool can_add = epilogue.dtype == Dtype::kFp32 && epilogue.activation == Activation::kNone;
-  const int64_t inputs = can_add ? kMaxInputs : std::max<int64_t>(k, 1);
+  const int64_t inputs = can_add ? kernels().block_sizes(compute).inputs : std::max<int64_t>(k, 1);
   Epilogue part = epilogue;
   const auto from = [](const Operand& x, int64_t offset) {
     const auto* data = static_cast<const uint8_t*>(x.data) + offset * size_of(x.dtype);

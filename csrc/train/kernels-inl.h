@@ -15,7 +15,7 @@
 
 const Kernels kTable = {
     kPanel,
-    tile_rows,
+    block_sizes,
     multiplies_whole_blocks,
     units,
     pack_panel,

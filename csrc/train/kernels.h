@@ -131,9 +131,15 @@ struct AdamWPart {
   int64_t size;
 };
 
+// A product is computed in blocks of rows, whose left operand is packed once, and of inputs: so
+// many of each at most that a packed block stays in the L2 cache. Rows are multiplied in tiles.
+struct BlockSizes {
+  int64_t tile_rows, rows, inputs;
+};
+
 struct Kernels {
-  int panel_width;                      // columns of a product are computed so many at a time
-  int64_t (*tile_rows)(Dtype compute);  // rows likewise
+  int panel_width;  // columns of a product are computed so many at a time
+  BlockSizes (*block_sizes)(Dtype compute);
   // Whether all rows of a block take a panel together: its steps are more than are summed at once,
   // or many rows are multiplied sooner.
   bool (*multiplies_whole_blocks)(int64_t units, Dtype compute);

@@ -24,10 +24,10 @@
 namespace leangpt::train::amx {
 
 #include "../cpu/vec_avx512.h"
-#include "bf16_format_amx.h"
 #include "fp32_format.h"
 #include "transpose_avx512.h"
 //
+#include "formats_amx.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::amx

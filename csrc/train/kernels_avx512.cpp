@@ -24,7 +24,7 @@ namespace leangpt::train::avx512 {
 #include "fp32_format.h"
 #include "transpose_avx512.h"
 //
-#include "bf16_format_portable.h"
+#include "formats_portable.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::avx512

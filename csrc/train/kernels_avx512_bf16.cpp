@@ -22,10 +22,10 @@
 namespace leangpt::train::avx512_bf16 {
 
 #include "../cpu/vec_avx512.h"
-#include "bf16_format_avx512.h"
 #include "fp32_format.h"
 #include "transpose_avx512.h"
 //
+#include "formats_avx512.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::avx512_bf16

@@ -16,7 +16,7 @@ namespace leangpt::train::portable {
 #include "fp32_format.h"
 #include "transpose_portable.h"
 //
-#include "bf16_format_portable.h"
+#include "formats_portable.h"
 #include "kernels-inl.h"
 
 }  // namespace leangpt::train::portable

@@ -1,4 +1,5 @@
-// Products of bf16 in tiles of AMX, whose rows hold the inputs of a row of the left operand.
+// Products of bf16 in tiles of AMX, whose rows hold the inputs of a row of the left operand, and of
+// float32 in tiles of bf16.
 #include "../cpu/amx.h"
 //
 #include "../cpu/tiles_amx.h"
@@ -18,3 +19,7 @@ struct Bf16Format : Bf16Pairs {
                                  adds, {reinterpret_cast<uint8_t*>(out), out_stride * kUnitBytes});
   }
 };
+
+#include "split_format_amx.h"
+
+using Fp32Products = SplitFormat;

@@ -35,22 +35,24 @@ static inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-// Sizes of the tiles: `first` and `second` rows in the two tiles of rows and their sums (0: that
-// tile is not used), and `steps` times 4 bytes of inputs. Clears all tiles.
-static inline void configure_tiles(int first, int second, int steps) {
+// Rows of each tile and their bytes. Clears all tiles.
+static inline void configure_tiles(const int (&rows)[8], const int (&row_bytes)[8]) {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
   } sizes;
   static_assert(sizeof sizes == 64);
-  const int rows[8] = {first, first, second, second, first, second, steps, steps};
   for (int tile = 0; tile < 8; ++tile) {
     sizes.rows[tile] = static_cast<uint8_t>(rows[tile]);
-    const int bytes = tile == 4 || tile == 5 ? steps * 4 : 64;
-    sizes.row_bytes[tile] = static_cast<uint16_t>(rows[tile] ? bytes : 0);
+    sizes.row_bytes[tile] = static_cast<uint16_t>(row_bytes[tile]);
   }
   asm volatile("ldtilecfg %0" ::"m"(sizes));
+}
+// For products of `first` and `second` rows by `steps` times 4 bytes of inputs.
+static inline void configure_tiles(int first, int second, int steps) {
+  configure_tiles({first, first, second, second, first, second, steps, steps},
+                  {64, 64, 64, 64, steps * 4, steps * 4, 64, 64});
 }
 // What is in the tiles no longer has to be kept when the thread is interrupted.
 static inline void release_tiles() { asm volatile("tilerelease"); }

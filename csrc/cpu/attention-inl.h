@@ -383,7 +383,13 @@ static void append_elements(const float* key, const float* value, int head_dim, 
   }
   convert(value);
   Element* pairs = values + slot / kInputs * kInputs * width;
-  for (int d = 0; d < width; ++d) pairs[d * kInputs + slot % kInputs] = elements[d];
+  for (int d = 0; d < width; d += kLanes) {
+    if constexpr (kInputs == 2) {
+      store_in_pairs(pairs + d * 2, elements + d, slot % 2);
+    } else {
+      store(pairs + d, load(elements + d));
+    }
+  }
   if (kInputs == 2 && slot % 2 == 0 && is_last) {
     for (int d = 0; d < width; ++d) pairs[d * kInputs + 1] = 0;
   }

@@ -4,8 +4,15 @@
 template <int kQueries>
 struct TiledCache : FloatCache<Bf16Format, kQueries> {
   using Base = FloatCache<Bf16Format, kQueries>;
-  static constexpr int kTogether = 4;
+  static constexpr int kTogether = 4, kPageSteps = kLanes / 2;
   static int count(const AttentionTile& tile) { return tile.num_queries; }
+
+  // Tiles 0 to 3 are sums, 4 and 6 queries and keys, 5 and 7 weights and values.
+  static void configure(const AttentionTile& tile, int key_steps = kTileSteps) {
+    const int n = tile.num_queries;
+    configure_tiles({n, n, n, n, n, n, key_steps, kPageSteps},
+                    {64, 64, 64, 64, key_steps * 4, kPageSteps * 4, 64, 64});
+  }
 
   template <int kPages>
   void score(const AttentionTile& tile, int page, float (*scores)[kChunkKeys]) const {
@@ -13,34 +20,36 @@ struct TiledCache : FloatCache<Bf16Format, kQueries> {
     auto* sums = reinterpret_cast<uint8_t*>(scores[0] + page * kLanes % kChunkKeys);
     const uint8_t* keys[kPages];
     for (int p = 0; p < kPages; ++p) keys[p] = page_at(tile, page + p);
-    const int steps = (tile.head_dim + 1) / 2, whole = steps / kTileSteps * kTileSteps;
-    const auto multiply = [&](int begin, int end, int tile_steps) {
-      configure_tiles(tile.num_queries, tile.num_queries, tile_steps);
-      if (begin > 0)
-        each<kPages>([&](auto p) { load_tile<p.value>(sums + p.value * 64, kRowBytes); });
-      for (int step = begin; step < end; step += kTileSteps) {
-        load_tile<4>(this->queries[0] + step * 2, sizeof this->queries[0]);
-        each<kPages>([&](auto p) {
-          load_tile<6 + p.value % 2>(keys[p.value] + step * 64, 64);
-          Bf16Tiles::multiply<p.value, 4, 6 + p.value % 2>();
-        });
-      }
+    const auto multiply = [&](int step) {
+      load_tile<4>(this->queries[0] + step * 2, sizeof this->queries[0]);
+      each<kPages>([&](auto p) {
+        load_tile<6>(keys[p.value] + step * 64, 64);
+        Bf16Tiles::multiply<p.value, 4, 6>();
+      });
+    };
+    const auto store_sums = [&] {
       each<kPages>([&](auto p) { store_tile<p.value>(sums + p.value * 64, kRowBytes); });
     };
-    if (whole > 0) multiply(0, whole, kTileSteps);
-    if (whole < steps) multiply(whole, steps, steps - whole);
-    release_tiles();
+    const int steps = (tile.head_dim + 1) / 2, whole = steps / kTileSteps * kTileSteps;
+    each<kPages>([&](auto p) { clear_tile<p.value>(); });
+    for (int step = 0; step < whole; step += kTileSteps) multiply(step);
+    store_sums();
+    if (whole == steps) return;
+    configure(tile, steps - whole);
+    each<kPages>([&](auto p) { load_tile<p.value>(sums + p.value * 64, kRowBytes); });
+    multiply(whole);
+    store_sums();
+    configure(tile);
   }
 
   template <int kVecs>
   void sum(const AttentionTile& tile, int first_key, int last_key, int vec,
            float (*out)[kMaxHeadDim]) const {
-    constexpr int kPageSteps = kLanes / 2;
     constexpr int64_t kRowBytes = kMaxHeadDim * sizeof(float);
     const int64_t step_bytes = round_up(tile.head_dim, kLanes) / kLanes * 64;
     auto* sums = reinterpret_cast<uint8_t*>(out[0] + vec * kLanes);
     alignas(64) uint8_t seen[kPageSteps][kVecs * 64];
-    configure_tiles(tile.num_queries, tile.num_queries, kPageSteps);
+    each<kVecs>([&](auto v) { clear_tile<v.value>(); });
     for (int key = first_key / kLanes * kLanes; key < last_key; key += kLanes) {
       const uint8_t* values = page_at(tile, key / kLanes) + tile.pages.value_offset + vec * 64;
       int64_t stride = step_bytes;
@@ -55,14 +64,13 @@ struct TiledCache : FloatCache<Bf16Format, kQueries> {
         values = seen[0];
         stride = sizeof seen[0];
       }
-      load_tile<4>(this->weights[0] + key % kChunkKeys, sizeof this->weights[0]);
+      load_tile<5>(this->weights[0] + key % kChunkKeys, sizeof this->weights[0]);
       each<kVecs>([&](auto v) {
-        load_tile<6 + v.value % 2>(values + v.value * 64, stride);
-        Bf16Tiles::multiply<v.value, 4, 6 + v.value % 2>();
+        load_tile<7>(values + v.value * 64, stride);
+        Bf16Tiles::multiply<v.value, 5, 7>();
       });
     }
     each<kVecs>([&](auto v) { store_tile<v.value>(sums + v.value * 64, kRowBytes); });
-    release_tiles();
   }
 
  private:
@@ -143,7 +151,9 @@ static void attend_in_tiles(const AttentionTile& tile, int chunk, float* const* 
   constexpr int kMostWithoutTiles = 4;
   with_tile_rounding([&] {
     if (tile.num_queries > kMostWithoutTiles) {
-      return attend_queries<TiledCache<kMaxTileQueries>, kMaxTileQueries>(tile, chunk, states);
+      TiledCache<kMaxTileQueries>::configure(tile);
+      attend_queries<TiledCache<kMaxTileQueries>, kMaxTileQueries>(tile, chunk, states);
+      return release_tiles();
     }
     with_constant<kMostWithoutTiles>(tile.num_queries, [&](auto n) {
       constexpr int kQueries = decltype(n)::value;

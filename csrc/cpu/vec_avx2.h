@@ -128,6 +128,10 @@ static inline void store_bf16(uint16_t* p, Vec a) {
                       _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0)));
 }
 
+static inline void store_in_pairs(uint16_t* pairs, const uint16_t* elements, int which) {
+  for (int i = 0; i < 16; ++i) pairs[2 * i + which] = elements[i];
+}
+
 static inline Vec round(Vec a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};

@@ -69,6 +69,14 @@ static inline void store_bf16(uint16_t* p, Vec a) {  // to nearest, even; NaN st
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 
+// The `which`-th of each of 16 pairs; the other one may be written by another thread meanwhile.
+static inline void store_in_pairs(uint16_t* pairs, const uint16_t* elements, int which) {
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(elements));
+  const __m512i low = _mm512_cvtepu16_epi32(packed);
+  _mm512_mask_storeu_epi16(pairs, which == 0 ? 0x55555555u : 0xAAAAAAAAu,
+                           which == 0 ? low : _mm512_slli_epi32(low, 16));
+}
+
 static inline Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

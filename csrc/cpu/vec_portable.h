@@ -163,6 +163,10 @@ static inline void store_bf16(uint16_t* p, Vec v) {
   }
 }
 
+static inline void store_in_pairs(uint16_t* pairs, const uint16_t* elements, int which) {
+  for (int i = 0; i < 16; ++i) pairs[2 * i + which] = elements[i];
+}
+
 static inline Vec round(Vec x) { return round_small(x); }
 static inline Vec scale_by_power_of_2(Vec x, Vec n) {
   const IVec bits = shift_left<23>(round_to_int(n) + broadcast_i32(127));

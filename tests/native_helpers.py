@@ -10,7 +10,7 @@ from leangpt import GPT, GPTConfig
 from leangpt.decoding.native_decoder import NativeDecoder
 from leangpt.decoding.packed import _empty_matrix, _matrix_shapes, _row_of
 from leangpt.decoding.weight_format import WeightFormat
-from leangpt.kernels import decode
+from leangpt.kernels import decode, use_backend
 
 _INTEGERS = ("int8", "int8_g32", "int8_g64", "int8_g128", "int4", "int4_g64", "int4_g128")
 _ASYMMETRIC = ("int4_asym", "int4_asym_g64", "int4_asym_g128")
@@ -135,7 +135,8 @@ def one_by_one(decoder, text: list[int], **kwargs) -> np.ndarray:
 
 
 def logits_of(model: GPT, text: list[int]) -> Tensor:
-    with torch.no_grad():
+    """By PyTorch's ops."""
+    with torch.no_grad(), use_backend("reference"):
         return model(torch.tensor([text]))[0]
 
 

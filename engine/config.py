@@ -234,6 +234,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences a step, over all processes
     micro_batch_size: int | None = None  # sequences a forward pass; None: all that this process has
     seq_len: int | None = None  # None: max_seq_len of the model
+    short_fraction: float = 0.0  # share of the steps, the first ones, that cut sequences in half
     max_steps: int = 2000  # the whole run's; the schedule ends there
     minutes: float | None = None  # about so long: max_steps follows from the measured speed
     max_minutes: float | None = None  # stop early on the clock, which resuming does not reset
@@ -289,6 +290,10 @@ class TrainConfig:
             f"min_learning_rate must be in [0, learning_rate], got {self.min_learning_rate}",
         )
         _check(
+            0 <= self.short_fraction <= 1,
+            f"short_fraction must be in [0, 1], got {self.short_fraction}",
+        )
+        _check(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"spike_factor must be 0 or above 1, got {self.spike_factor}",
         )
@@ -314,6 +319,10 @@ class TrainConfig:
         if name == "gpt2":
             arch = GPTConfig(**(_SMALL_SIZES | _GPT2_SIZES)[preset])
         return cls(arch=arch, **RECIPES[name])
+
+    @property
+    def short_steps(self) -> int:
+        return round(self.short_fraction * self.max_steps)
 
     @property
     def last_learning_rate(self) -> float:

@@ -28,6 +28,7 @@ def demo_config(out: Path, data: Path, minutes: float) -> TrainConfig:
         learning_rate=3e-3,  # a model as narrow as this takes more than the default
         decay_fraction=0.75,
         warmup_steps=50,
+        short_fraction=1 / 3,
         minutes=minutes,
         max_minutes=1.5 * minutes,  # should the machine get slower meanwhile
         eval_every=100,

@@ -236,6 +236,24 @@ def test_a_moved_run_on_moved_data_goes_on_and_other_data_does_not(data, tmp_pat
     assert train(dataclasses.replace(moved, data=tmp_path / "data")).steps == 20
 
 
+def test_a_run_goes_on_with_short_sequences(data, tmp_path):
+    whole = tiny_config(data, tmp_path / "whole", short_fraction=0.5)
+    train(whole)
+    out = tmp_path / "stopped"
+    stopped = dataclasses.replace(whole, out=out)
+    assert run_sessions(stopped, hooks=[SignalAt(7, signal.SIGINT)]) == [130]
+    train(dataclasses.replace(stopped, resume=True))
+    assert content(out) == content(whole.out)
+
+
+def test_a_run_cannot_be_made_longer_after_its_short_sequences(data, tmp_path):
+    options = {"schedule": "constant", "max_steps": 10, "short_fraction": 0.5}
+    config = tiny_config(data, tmp_path / "run", **options)
+    train(config)
+    with pytest.raises(ValueError, match="others of the 10 steps done would have cut sequences"):
+        train(dataclasses.replace(config, resume=True, max_steps=20))
+
+
 @pytest.mark.parametrize("schedule", ["constant", "wsd"])
 def test_a_run_can_be_made_longer_where_the_rates_stay(data, tmp_path, schedule):
     """With wsd: as long as the rate has not begun to fall."""

@@ -109,6 +109,33 @@ def break_gradients(monkeypatch, broken: dict[int, float]) -> list[torch.Tensor]
     return weights
 
 
+def test_the_first_steps_cut_sequences_in_half(data, tmp_path, monkeypatch):
+    """The same tokens and targets as without, in passes of as many tokens."""
+    seen = {}
+    forward = GPT.forward
+
+    def watch(self, tokens, targets, *rest):
+        if self.training:
+            seen.setdefault(out.name, []).append((tokens.clone(), targets.clone()))
+        return forward(self, tokens, targets, *rest)
+
+    monkeypatch.setattr(GPT, "forward", watch)
+    for fraction in (0.0, 0.3):
+        out = tmp_path / str(fraction)
+        options = {"max_steps": 10, "micro_batch_size": 2, "short_fraction": fraction}
+        assert train(tiny_config(data, out, **options)).tokens == 10 * 4 * 32
+    assert [len(tokens) for tokens, _ in seen["0.3"]] == [4] * 6 + [2] * 14
+    for whole, cut in zip(seen["0.0"], seen["0.3"], strict=True):
+        for a, b in zip(whole, cut, strict=True):
+            assert torch.equal(a.flatten(), b.flatten())
+
+
+def test_sequences_of_an_odd_length_are_not_cut(data, tmp_path):
+    config = tiny_config(data, tmp_path / "run", seq_len=31, short_fraction=0.5)
+    with pytest.raises(ValueError, match="cuts sequences in half, and seq_len is odd: 31"):
+        train(config)
+
+
 def test_spikes_and_nan_are_skipped_and_counted(data, tmp_path, monkeypatch):
     monkeypatch.setattr(leangpt.training.optimizer, "WARM_IN_STEPS", 5)
     broken = {2: math.nan, 8: 50.0, 9: math.inf, 15: 1e30}

@@ -37,7 +37,7 @@ from .optimizer import SpikeDetector, learning_rate
 
 FORMAT_VERSION = 1
 # Options that a resumed run may change, since the steps done would have been the same, or since they are about accidents.
-# `data` is compared by its content, `max_steps` by the learning rates that it gave.
+# `data` is compared by its content, `max_steps` by the learning rates and lengths that it gave.
 MAY_CHANGE = {
     *("data", "out", "resume", "max_steps", "max_minutes", "target_loss", "max_skipped"),
     *("spike_factor", "keep_last", "sample_every", "sample_prompt", "sample_tokens"),
@@ -124,6 +124,11 @@ def _check_same_run(config: TrainConfig, manifest: dict[str, Any], state: TrainS
         raise ValueError(
             f"{config.out}: the run was started with max_steps={stored.max_steps}, and with {config.max_steps} the "
             f"learning rates of the {state.step} steps done would have been others (schedule={config.schedule})"
+        )
+    if min(config.short_steps, state.step) != min(stored.short_steps, state.step):
+        raise ValueError(
+            f"{config.out}: the run was started with max_steps={stored.max_steps}, and with {config.max_steps} others of the "
+            f"{state.step} steps done would have cut sequences in half (short_fraction={config.short_fraction})"
         )
 
 

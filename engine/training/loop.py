@@ -113,9 +113,10 @@ def _train(config: TrainConfig, group: Group, interrupt: Interrupt) -> Summary:
         while reason is None:
             step_start = time.perf_counter()
             seed_step(config.seed, state.step, group)
-            tokens, targets = batches.next()
+            pieces = 2 if state.step < config.short_steps else 1
+            tokens, targets = (cut(rows, pieces) for rows in batches.next())
             loss, num_targets = accumulate_gradients(
-                parallel_model, tokens, targets, micro_batch_size, group, autocast
+                parallel_model, tokens, targets, pieces * micro_batch_size, group, autocast
             )
             norm = ops.grad_norm([p.grad for p in model.parameters() if p.grad is not None])
             # what is decided from here on must be the same on every process
@@ -250,7 +251,14 @@ def sequence_length(config: TrainConfig, model: GPT) -> int:
     seq_len, limit = config.seq_len or model.config.max_seq_len, model.config.max_seq_len
     if seq_len > limit:
         raise ValueError(f"seq_len ({seq_len}) must not exceed the model's max_seq_len ({limit})")
+    if config.short_fraction and seq_len % 2:
+        raise ValueError(f"short_fraction cuts sequences in half, and seq_len is odd: {seq_len}")
     return seq_len
+
+
+def cut(rows: Tensor, pieces: int) -> Tensor:
+    """(B, T) to (B · pieces, T / pieces)."""
+    return rows.reshape(len(rows) * pieces, -1)
 
 
 def rows_of_a_pass(config: TrainConfig, group: Group) -> int:

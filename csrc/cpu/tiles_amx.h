@@ -121,10 +121,12 @@ static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t
                               int num_rows, int64_t steps, bool adds, const Sums& sums) {
   // 64 KB serve all rows from the L2 cache; many rows, whose own inputs want room there, have 32.
   // Those of one tile share nothing: the less often they store their sums the better.
-  const int64_t shared_steps = (num_rows > 64 ? 8 : num_rows > 16 ? 16 : 64) * kTileSteps;
-  const int64_t whole = steps / kTileSteps * kTileSteps;
-  for (int64_t step = 0; step < whole; step += shared_steps) {
-    const int64_t block = whole - step < shared_steps ? whole - step : shared_steps;
+  const int64_t most = num_rows > 64 ? 8 : num_rows > 16 ? 24 : 64;
+  const int64_t tiles = steps / kTileSteps, whole = tiles * kTileSteps;
+  const int64_t blocks = (tiles + most - 1) / most;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t step = i * tiles / blocks * kTileSteps;
+    const int64_t block = (i + 1) * tiles / blocks * kTileSteps - step;
     multiply_block<Tiles>(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
                           static_cast<int>(block), adds || step > 0, sums);
   }

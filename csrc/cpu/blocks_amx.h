@@ -14,5 +14,6 @@ constexpr bool shares_float_blocks(int) {
 }
 template <int kDigits>
 static bool shares_int_blocks(const Matrix& w, int rows) {
-  return rows * kDigits > (w.group == 0 ? kTileRows : 2 * kTileRows);
+  if (w.group == 0) return rows * kDigits > kTileRows;
+  return rows > (kDigits == 1 ? 8 : 4);
 }

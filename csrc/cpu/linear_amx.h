@@ -140,12 +140,12 @@ static inline void multiply_group(const uint8_t* group, const int8_t* rows, int6
   }
 }
 
-// Grouped integers: int4 weights of some groups are unpacked for all rows. 32 rows at a time, so
-// that what they add to stays in the L1 cache.
+// Grouped integers: int4 weights of some groups are unpacked for all rows. Few groups and 32 rows
+// at a time, so that these, the sums and what they are added to stay in the L1 cache.
 template <int kDigits, bool kHasMinimums>
 static void grouped_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                int panel, float* tile) {
-  constexpr int kTokens = 32 / kDigits, kUnpackedSteps = 64, kSums = 32 * kPanelWidth;
+  constexpr int kTokens = 32 / kDigits, kUnpackedSteps = 16, kSums = 32 * kPanelWidth;
   const int64_t padded_k = w.padded_k(), groups = w.groups();
   const int group_steps = w.group / 4;
   const int together = group_steps < kUnpackedSteps ? kUnpackedSteps / group_steps : 1;

@@ -31,7 +31,7 @@ except ImportError:
 CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 CUDA_FOLDER = Path("build/cuda")  # objects of nvcc
 CXX_FLAGS = ("-std=c++17", "-O3", "-g0", "-fvisibility=hidden")
-# Where a loop of a kernel begins in its line changes its speed by up to a tenth; else any edit moves all of them.
+# Where in a cache line a kernel's loop begins changes its speed by up to a tenth, and else any edit moves it.
 ALIGNED = ("-falign-functions=64", "-falign-loops=64")
 
 
@@ -188,7 +188,8 @@ def native_extensions(cuda: Cuda | None) -> list[Extension]:
             py_limited_api=True,
             # no product and sum become one rounding but where the code says so: the same bits wherever it is inlined
             extra_compile_args=[
-                *(*CXX_FLAGS, *ALIGNED),
+                *CXX_FLAGS,
+                *ALIGNED,
                 "-ffp-contract=off",
                 # g++ 12 takes the AVX-512 headers' undefined registers for mistakes
                 *("-pthread", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

@@ -119,10 +119,9 @@ static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t ro
 template <class Tiles>
 static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
                               int num_rows, int64_t steps, bool adds, const Sums& sums) {
-  // At most 96 KB serve all rows from the L2 cache; many rows, whose own inputs want room there,
-  // have
-  // 32. Those of one tile share nothing: the less often they store their sums the better. Blocks
-  // are even, since each asks for as much of the next one as it has itself.
+  // At most 96 KB serve all rows from the L2 cache, or 32 where many rows want room there for their
+  // own inputs. Those of one tile share nothing: the less often they store their sums the better.
+  // Blocks are even, since each asks for as much of the next one as it has itself.
   const int64_t most = num_rows > 64 ? 8 : num_rows > 16 ? 24 : 64;
   const int64_t tiles = steps / kTileSteps, whole = tiles * kTileSteps;
   const int64_t blocks = (tiles + most - 1) / most;

@@ -258,6 +258,12 @@ struct Normalize : Function<Normalize> {
   }
 };
 
+// Whether x is known to be 1: not while torch.compile traces, when tensors have no values.
+bool is_one(const Tensor& x) {
+  return x.is_cpu() && x.numel() == 1 && !x.unsafeGetTensorImpl()->is_python_dispatch() &&
+         x.item().toDouble() == 1;
+}
+
 // Its gradients are there with the loss: backward scales them.
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
@@ -279,8 +285,10 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     variable_list scaled(9);
+    const bool is_scaled = is_one(grads[0]);
     for (size_t i = 0; i < saved.size(); ++i) {
-      if (ctx->needs_input_grad(i)) scaled[i] = (saved[i] * grads[0]).to(saved[i].scalar_type());
+      if (!ctx->needs_input_grad(i)) continue;
+      scaled[i] = is_scaled ? saved[i] : (saved[i] * grads[0]).to(saved[i].scalar_type());
     }
     return scaled;
   }

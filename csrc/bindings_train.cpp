@@ -16,6 +16,7 @@
 #include "train/attention.h"
 #include "train/elementwise.h"
 #include "train/gemm.h"
+#include "train/heap.h"
 #include "train/norm.h"
 #include "train/optimizer.h"
 #include "train/parallel.h"
@@ -57,11 +58,19 @@ at::DimVector with_last(const Tensor& x, int64_t size) {
   return shape;
 }
 
+// Large ones lie in a heap of their own.
 Tensor empty_of(at::IntArrayRef shape, const Tensor& like, at::ScalarType dtype) {
-  return at::empty(shape, like.options().dtype(dtype));
+  constexpr size_t kLarge = size_t{1} << 20;
+  static auto& heap = *new Heap;  // tensors may outlive all that is static
+  const auto options = like.options().dtype(dtype);
+  const size_t bytes = c10::multiply_integers(shape) * c10::elementSize(dtype);
+  void* memory = bytes >= kLarge ? heap.take(bytes) : nullptr;
+  if (memory == nullptr) return at::empty(shape, options);
+  return at::from_blob(
+      memory, shape, [bytes](void* given) { heap.give_back(given, bytes); }, options);
 }
 
-Tensor empty_of(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
+Tensor empty_of(const Tensor& x) { return empty_of(x.sizes(), x, x.scalar_type()); }
 
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
@@ -355,6 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
   const int64_t chunk =
       std::max<int64_t>(1, std::min(num_rows, std::max(few, kLogits / vocab_size)));
   Tensor logits = empty_of({chunk, vocab_size}, rows, at::kFloat);
+  const Tensor dx_sums = wanted[0] ? empty_of({chunk, width}, rows, at::kFloat) : nothing(rows);
   float* row_loss = losses.mutable_data_ptr<float>();
   for (int64_t first = 0; first < num_rows; first += chunk) {
     const int64_t count = std::min(chunk, num_rows - first);
@@ -373,8 +383,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, co
       }
     });
     if (wanted[0]) {
-      const Tensor dx = dhidden.view({num_rows, width}).narrow(0, first, count);
+      // in float32, so that the inputs, as many as the vocabulary, are taken some at a time
+      const Tensor dx = dx_sums.narrow(0, 0, count);
       multiply(operand(part), operand(w), vocab_size, compute, dx);
+      dhidden.view({num_rows, width}).narrow(0, first, count).copy_(dx);
     }
     if (wanted[1]) {
       Epilogue sum;

@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "../cpu/buffer.h"
 #include "parallel.h"
@@ -10,54 +11,131 @@ namespace {
 
 using cpu::Buffer;
 
-// All inputs at once.
-void multiply_all(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k,
-                  Dtype compute, const Epilogue& epilogue, Product product) {
-  const Kernels& kernel = kernels();
-  const int64_t width = kernel.panel_width;
-  const auto [tile_rows, max_rows, max_inputs] = kernel.block_sizes(compute);
-  const int64_t units = kernel.units(k, compute), panels = (n + width - 1) / width;
+// All inputs at once. Threads share the blocks of rows, and all panels are packed before; or they
+// share the panels, which each packs for itself, so that they are multiplied where they were
+// packed, in the L2 cache: whichever reads less again.
+class MultiplyAll {
+ public:
+  MultiplyAll(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
+              const Epilogue& epilogue, Product product)
+      : a_(a),
+        columns_(b.transposed()),
+        m_(m),
+        n_(n),
+        k_(k),
+        compute_(compute),
+        epilogue_(epilogue),
+        product_(product) {
+    const auto [tile_rows, max_rows, max_inputs] = kernel_.block_sizes(compute);
+    // as many blocks as the threads can share evenly
+    const int64_t wanted = round_up((m + max_rows - 1) / max_rows, num_threads());
+    tile_rows_ = tile_rows;
+    block_rows_ = round_up((m + wanted - 1) / wanted, tile_rows);
+    blocks_ = (m + block_rows_ - 1) / block_rows_;
+    group_rows_ = kernel_.multiplies_whole_blocks(units_, compute) ? block_rows_ : tile_rows;
+  }
 
-  static thread_local Buffer<float> panel_buffer;
-  float* packed = panel_buffer.get(panels * units * width);
-  const Operand columns = b.transposed();
-  parallel_for(panels, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      kernel.pack_panel(columns, compute, p * width, n, k, packed + p * units * width);
+  void run() {
+    // panels of less than kShared bytes stay in the cache anyway; a thread takes kGroup at a time
+    constexpr int64_t kShared = int64_t{1} << 20, kGroup = int64_t{1} << 19;
+    const int64_t panel_bytes = panel_units_ * sizeof(float);
+    const int64_t group =
+        std::max<int64_t>(1, std::min(kGroup / panel_bytes, panels_ / (2 * num_threads())));
+    const int64_t groups = (panels_ + group - 1) / group;
+    const int64_t row_bytes = m_ * units_ * sizeof(float);
+    if (product_ == Product::kFull && panels_ * panel_bytes > kShared && groups >= num_threads() &&
+        groups * row_bytes < blocks_ * panels_ * panel_bytes) {
+      by_panels(group, groups);
+    } else {
+      by_rows();
     }
-  });
+  }
 
-  // as many blocks as the threads can share evenly
-  const int64_t threads = num_threads();
-  const int64_t wanted = round_up((m + max_rows - 1) / max_rows, threads);
-  const int64_t block_rows = round_up((m + wanted - 1) / wanted, tile_rows);
-  const int64_t blocks = (m + block_rows - 1) / block_rows;
-  const int64_t group_rows =
-      kernel.multiplies_whole_blocks(units, compute) ? block_rows : tile_rows;
-  parallel_for(blocks, [&](int64_t begin, int64_t end) {
-    static thread_local Buffer<float> row_buffer, tile_buffer;
-    float* scratch = row_buffer.get(block_rows * (units + kLanes));
-    float* tile = tile_buffer.get(group_rows * width);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * block_rows, count = std::min(block_rows, m - row);
-      const Rows rows = kernel.pack_rows(a, compute, row, count, m, k, scratch);
-      const int64_t first_panel = product == Product::kSymmetric ? row / width : 0;
-      for (int64_t p = first_panel; p < panels; ++p) {
-        const int64_t column = p * width, left = std::min(width, n - column);
-        const float* panel = packed + p * units * width;
-        const int64_t wanted_rows =
-            product == Product::kSymmetric ? std::min(count, column + left - row) : count;
-        for (int64_t r = 0; r < wanted_rows; r += group_rows) {
-          Rows group = rows;
-          group.units += r / tile_rows * rows.tile_stride;
-          const int64_t group_count = std::min(group_rows, wanted_rows - r);
-          kernel.multiply(group, panel, compute, group_count, left, k, tile);
-          kernel.finish(tile, row + r, group_count, column, left, epilogue);
+ private:
+  int64_t block_count(int64_t block) const {
+    return std::min(block_rows_, m_ - block * block_rows_);
+  }
+  Rows pack_rows(int64_t block, float* scratch) const {
+    return kernel_.pack_rows(a_, compute_, block * block_rows_, block_count(block), m_, k_,
+                             scratch);
+  }
+  void pack_panel(int64_t p, float* out) const {
+    kernel_.pack_panel(columns_, compute_, p * width_, n_, k_, out);
+  }
+  float* tile() const {
+    static thread_local Buffer<float> buffer;
+    return buffer.get(group_rows_ * width_);
+  }
+
+  void by_rows() const {
+    static thread_local Buffer<float> panel_buffer;
+    float* packed = panel_buffer.get(panels_ * panel_units_);
+    parallel_for(panels_, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) pack_panel(p, packed + p * panel_units_);
+    });
+    parallel_for(blocks_, [&](int64_t begin, int64_t end) {
+      static thread_local Buffer<float> row_buffer;
+      float* scratch = row_buffer.get(block_rows_ * (units_ + kLanes));
+      for (int64_t block = begin; block < end; ++block) {
+        const Rows rows = pack_rows(block, scratch);
+        const int64_t first_panel =
+            product_ == Product::kSymmetric ? block * block_rows_ / width_ : 0;
+        for (int64_t p = first_panel; p < panels_; ++p) {
+          multiply_block(rows, block, p, packed + p * panel_units_);
         }
       }
+    });
+  }
+
+  void by_panels(int64_t group, int64_t groups) const {
+    static thread_local Buffer<float> row_buffer;
+    const int64_t stride = block_rows_ * (units_ + kLanes);
+    float* packed = row_buffer.get(blocks_ * stride);
+    std::vector<Rows> rows(blocks_);
+    parallel_for(blocks_, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        rows[block] = pack_rows(block, packed + block * stride);
+    });
+    parallel_for(groups, [&](int64_t begin, int64_t end) {
+      static thread_local Buffer<float> panel_buffer;
+      float* panels = panel_buffer.get(group * panel_units_);
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t first = g * group, last = std::min(panels_, first + group);
+        for (int64_t p = first; p < last; ++p) pack_panel(p, panels + (p - first) * panel_units_);
+        for (int64_t block = 0; block < blocks_; ++block) {
+          for (int64_t p = first; p < last; ++p) {
+            multiply_block(rows[block], block, p, panels + (p - first) * panel_units_);
+          }
+        }
+      }
+    });
+  }
+
+  void multiply_block(const Rows& rows, int64_t block, int64_t p, const float* panel) const {
+    const int64_t row = block * block_rows_, count = block_count(block);
+    const int64_t column = p * width_, left = std::min(width_, n_ - column);
+    const int64_t wanted_rows =
+        product_ == Product::kSymmetric ? std::min(count, column + left - row) : count;
+    float* sums = tile();
+    for (int64_t r = 0; r < wanted_rows; r += group_rows_) {
+      Rows group = rows;
+      group.units += r / tile_rows_ * rows.tile_stride;
+      const int64_t group_count = std::min(group_rows_, wanted_rows - r);
+      kernel_.multiply(group, panel, compute_, group_count, left, k_, sums);
+      kernel_.finish(sums, row + r, group_count, column, left, epilogue_);
     }
-  });
-}
+  }
+
+  const Kernels& kernel_ = kernels();
+  const Operand a_, columns_;
+  const int64_t m_, n_, k_;
+  const Dtype compute_;
+  const Epilogue epilogue_;
+  const Product product_;
+  const int64_t width_ = kernel_.panel_width, units_ = kernel_.units(k_, compute_);
+  const int64_t panels_ = (n_ + width_ - 1) / width_, panel_units_ = units_ * width_;
+  int64_t tile_rows_, block_rows_, blocks_, group_rows_;
+};
 
 // Copies what is above the diagonal of a square matrix to below it, in blocks that stay in the L1
 // cache.
@@ -90,8 +168,9 @@ void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, D
     return Operand{data, x.dtype, x.row_stride, x.column_stride};
   };
   for (int64_t first = 0; first == 0 || first < k; first += inputs) {
-    multiply_all(from(a, first * a.column_stride), from(b, first * b.row_stride), m, n,
-                 std::min(inputs, k - first), compute, part, product);
+    MultiplyAll(from(a, first * a.column_stride), from(b, first * b.row_stride), m, n,
+                std::min(inputs, k - first), compute, part, product)
+        .run();
     part.bias = nullptr;  // what follows is added
     part.addend = part.out;
     part.addend_dtype = part.dtype;

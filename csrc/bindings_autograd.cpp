@@ -258,13 +258,15 @@ struct Normalize : Function<Normalize> {
   }
 };
 
-// Whether x is known to be 1: not while torch.compile traces, when tensors have no values.
+// Whether x is known to be 1: tensors have no values while torch.compile traces, nor one value
+// under vmap.
 bool is_one(const Tensor& x) {
-  return x.is_cpu() && x.numel() == 1 && !x.unsafeGetTensorImpl()->is_python_dispatch() &&
-         x.item().toDouble() == 1;
+  return x.is_cpu() && x.has_storage() && !x.unsafeGetTensorImpl()->is_python_dispatch() &&
+         x.numel() == 1 && x.item().toDouble() == 1;
 }
 
-// Its gradients are there with the loss: backward scales them.
+// Its gradients are there with the loss: backward scales them, where that
+// changes them.
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight,
                                const Tensor& targets, int64_t ignore_index,
@@ -285,10 +287,10 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     variable_list scaled(9);
-    const bool is_scaled = is_one(grads[0]);
+    const bool is_as_saved = is_one(grads[0]);
     for (size_t i = 0; i < saved.size(); ++i) {
       if (!ctx->needs_input_grad(i)) continue;
-      scaled[i] = is_scaled ? saved[i] : (saved[i] * grads[0]).to(saved[i].scalar_type());
+      scaled[i] = is_as_saved ? saved[i] : (saved[i] * grads[0]).to(saved[i].scalar_type());
     }
     return scaled;
   }

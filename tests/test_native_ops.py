@@ -16,7 +16,15 @@ from leangpt.kernels import decode, native, ops, use_backend
 DTYPES = [torch.float32, torch.bfloat16]
 # rows, inputs, outputs: of no tile, of whole ones, beyond one block of inputs, and fewer than a vector
 # of a single output few terms: the baseline of one long sum may be exact by luck
-SHAPES = [(3, 1, 1), (35, 17, 5), (96, 64, 128), (70, 700, 77), (130, 48, 200), (230, 40, 70)]
+SHAPES = [
+    (3, 1, 1),
+    (35, 17, 5),
+    (96, 64, 128),
+    (70, 700, 77),
+    (130, 48, 200),
+    (230, 40, 70),
+    (35, 300, 2000),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +32,14 @@ def _extension(in_ci):
     if native.unavailable_reason:
         assert not in_ci, f"CI must test the extension: {native.unavailable_reason}"
         pytest.skip(native.unavailable_reason)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """Else what an op does not write may hold the result of the same op by PyTorch."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[1, 2], ids="threads={}".format)
@@ -274,6 +290,18 @@ class TestLinearCrossEntropy:
         hidden, weight, targets = randn(40, 9), randn(30, 9), torch.randint(30, (40,))
         check_op(lambda h: ops.linear_cross_entropy(h, weight.to(h), targets), [hidden], "native")
         check_op(lambda w: ops.linear_cross_entropy(hidden.to(w), w, targets), [weight], "native")
+
+    def test_backward_twice_adds_the_gradients_twice(self):
+        hidden, weight, targets = randn(40, 9), randn(30, 9), torch.randint(30, (40,))
+        for factor in (1.0, 0.5):
+            tensors = [t.clone().requires_grad_() for t in (hidden, weight)]
+            with use_backend("native"):
+                loss = ops.linear_cross_entropy(*tensors, targets) * factor
+            loss.backward(retain_graph=True)
+            once = [t.grad.clone() for t in tensors]
+            loss.backward()
+            for tensor, gradient in zip(tensors, once, strict=True):
+                assert tensor.grad.equal(2 * gradient)
 
     def test_losses_of_rows(self):
         hidden, weight, targets = randn(2, 30, 16), randn(90, 16), torch.randint(90, (2, 30))

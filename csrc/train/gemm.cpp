@@ -11,9 +11,9 @@ namespace {
 
 using cpu::Buffer;
 
-// All inputs at once. Threads share the blocks of rows, and all panels are packed before; or they
-// share the panels, which each packs for itself, so that they are multiplied where they were
-// packed, in the L2 cache: whichever reads less again.
+// A product of all its inputs at once. Threads share the blocks of rows, and all panels are packed
+// before; or they share the panels, which each thread packs for itself and multiplies while they
+// are in its L2 cache: whichever way reads less twice.
 class MultiplyAll {
  public:
   MultiplyAll(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
@@ -93,8 +93,9 @@ class MultiplyAll {
     float* packed = row_buffer.get(blocks_ * stride);
     std::vector<Rows> rows(blocks_);
     parallel_for(blocks_, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block)
+      for (int64_t block = begin; block < end; ++block) {
         rows[block] = pack_rows(block, packed + block * stride);
+      }
     });
     parallel_for(groups, [&](int64_t begin, int64_t end) {
       static thread_local Buffer<float> panel_buffer;

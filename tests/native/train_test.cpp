@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "heap.h"
 #include "norm.h"
 #include "optimizer.h"
 #include "parallel.h"
@@ -133,7 +134,8 @@ Operand operand(Memory& x, int64_t rows, int64_t columns, bool is_transposed) {
 }
 
 void run_products(Dtype dtype, Dtype compute) {
-  constexpr int64_t kSizes[][3] = {{1, 1, 1}, {35, 5, 17}, {97, 130, 300}, {70, 33, 1100}};
+  constexpr int64_t kSizes[][3] = {
+      {1, 1, 1}, {35, 5, 17}, {97, 130, 300}, {70, 33, 1100}, {17, 2000, 300}};
   for (const auto& [m, n, k] : kSizes) {
     for (const int layout : {0, 1, 2, 3}) {
       Memory a(dtype, randn(m * k)), b(dtype, randn(k * n));
@@ -452,6 +454,38 @@ void run_optimizers() {
   });
 }
 
+void run_heap() {
+  constexpr size_t kSize = (size_t{1} << 20) + 1;  // whole pages are taken
+  Heap heap;
+  uint8_t* memory[3];
+  for (uint8_t*& m : memory) {
+    m = static_cast<uint8_t*>(heap.take(kSize));
+    CHECK(m != nullptr);
+    std::memset(m, 1, kSize);
+  }
+  const size_t distance = memory[1] - memory[0];
+  CHECK(distance >= kSize && memory[2] == memory[1] + distance);
+  heap.give_back(memory[1], kSize);
+  CHECK(heap.take(2 * kSize) == memory[2] + distance);  // not where one has room
+  CHECK(heap.take(kSize) == memory[1]);
+  for (const int i : {0, 2, 1}) heap.give_back(memory[i], kSize);
+  CHECK(heap.take(3 * distance) == memory[0]);  // three are one again
+  CHECK(heap.take(size_t{1} << 60) == nullptr);
+
+  std::vector<std::thread> team;
+  for (uint8_t t = 1; t <= 3; ++t) {
+    team.emplace_back([&heap, t] {
+      for (int i = 0; i < 50; ++i) {
+        auto* mine = static_cast<uint8_t*>(heap.take(kSize));
+        std::memset(mine, t, kSize);
+        CHECK(mine[0] == t && mine[kSize - 1] == t);
+        heap.give_back(mine, kSize);
+      }
+    });
+  }
+  for (std::thread& thread : team) thread.join();
+}
+
 }  // namespace
 }  // namespace leangpt::train
 
@@ -481,5 +515,6 @@ int main() {
   run_symmetric_products();
   run_cross_entropy();
   run_optimizers();
+  run_heap();
   std::printf("ok: %s\n", cpu::isa_name(cpu::active_isa()));
 }

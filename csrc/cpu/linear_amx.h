@@ -135,7 +135,7 @@ static inline void multiply_group(const uint8_t* group, const int8_t* rows, int6
     return;
   }
   for (int half = 0; half < 256; half += 128) {
-    multiply_many<Int8Tiles>(group + half, row, row_bytes, steps, false, nullptr, 0,
+    multiply_half<Int8Tiles>(group + half, row, row_bytes, steps, false, {nullptr, 0},
                              {out.at + half, out.row_bytes});
   }
 }
@@ -176,8 +176,7 @@ static void grouped_int_linear(const Matrix& w, const Activations& a, int64_t fi
       const int num_rows = tokens * kDigits;
       if (num_rows != configured) {
         const int few = num_rows < 16 ? num_rows : 16;
-        configure_tiles(few, num_rows > 16 ? num_rows - 16 : few,
-                        group_steps < kTileSteps ? group_steps : kTileSteps);
+        configure_tiles(few, num_rows > 16 ? num_rows - 16 : few, tile_steps(group_steps));
         configured = num_rows;
       }
       const auto* digits =

@@ -4,6 +4,9 @@
 constexpr int kTileSteps = 16;
 constexpr int64_t kPanelStepBytes = 256;
 
+// Of a tile: as many as there are.
+static inline int tile_steps(int steps) { return steps < kTileSteps ? steps : kTileSteps; }
+
 // Where sums lie: rows of 64 that are `row_bytes` apart.
 struct Sums {
   uint8_t* at;
@@ -51,7 +54,7 @@ static inline void multiply_row_of_tiles(const uint8_t* panel, const uint8_t* ro
 template <class Tiles>
 static void multiply_few(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes, int num_rows,
                          int steps, bool adds, const Sums& sums) {
-  configure_tiles(num_rows, num_rows, steps < kTileSteps ? steps : kTileSteps);
+  configure_tiles(num_rows, num_rows, tile_steps(steps));
   load_sums(sums, 128, 64, adds);
   for (int step = 0; step < steps; step += kTileSteps) {
     const uint8_t* at = panel + step * kPanelStepBytes;
@@ -64,14 +67,30 @@ static void multiply_few(const uint8_t* panel, const uint8_t* rows, int64_t row_
   store_sums(sums, 128, 64);
 }
 
-// 16 rows and some more, and half a panel; with each 16 steps it asks for memory at `next`.
+// What lies behind a block of a panel, asked for evenly: some bytes with each tile of steps.
+struct Ahead {
+  const uint8_t* next;
+  int bytes;
+
+  static Ahead in_passes(const uint8_t* next, int passes) {
+    return {next, (kTileSteps * static_cast<int>(kPanelStepBytes) / passes + 63) / 64 * 64};
+  }
+  inline void ask() {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += bytes;
+  }
+  Ahead after(int steps) const { return {next + bytes * (steps / kTileSteps), bytes}; }
+};
+
+// 16 rows and some more, and half a panel. Inlined, so that a call that asks for nothing has no
+// loop.
 template <class Tiles>
-static void multiply_many(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes, int steps,
-                          bool adds, const uint8_t* next, int fetched_bytes, const Sums& sums) {
+[[gnu::always_inline]] static inline void multiply_half(const uint8_t* panel, const uint8_t* rows,
+                                                        int64_t row_bytes, int steps, bool adds,
+                                                        Ahead ahead, const Sums& sums) {
   load_sums(sums, 16 * sums.row_bytes, 64, adds);
   for (int step = 0; step < steps; step += kTileSteps) {
-    for (int i = 0; i < fetched_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-    next += fetched_bytes;
+    ahead.ask();
     const uint8_t* at = panel + step * kPanelStepBytes;
     load_tile<6>(at, kPanelStepBytes);
     load_tile<4>(rows + step * 4, row_bytes);
@@ -85,15 +104,12 @@ static void multiply_many(const uint8_t* panel, const uint8_t* rows, int64_t row
   store_sums(sums, 16 * sums.row_bytes, 64);
 }
 
-// Whole tiles of steps, or fewer than one has.
+// More than 16 rows, 32 at a time with one half of the panel and then the other.
 template <class Tiles>
-static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
-                           int num_rows, int steps, bool adds, const Sums& sums) {
-  const int passes = num_rows / 32 * 2 + (num_rows % 32 > 16 ? 2 : 0);
-  // of the block that comes next, evenly
-  constexpr int kTileBytes = kTileSteps * static_cast<int>(kPanelStepBytes);
-  const int fetched_bytes = passes == 0 ? 0 : (kTileBytes / passes + 63) / 64 * 64;
-  const uint8_t* next = panel + steps * kPanelStepBytes;
+static void multiply_some(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
+                          int num_rows, int steps, bool adds, const Sums& sums) {
+  Ahead ahead = Ahead::in_passes(panel + steps * kPanelStepBytes,
+                                 num_rows / 32 * 2 + (num_rows % 32 > 16 ? 2 : 0));
   int configured = 0;
   for (int r = 0; r < num_rows; r += 32) {
     const int count = num_rows - r < 32 ? num_rows - r : 32;
@@ -104,14 +120,35 @@ static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t ro
       break;
     }
     if (count != configured) {
-      configure_tiles(16, count - 16, steps < kTileSteps ? steps : kTileSteps);
+      configure_tiles(16, count - 16, tile_steps(steps));
       configured = count;
     }
     for (int half = 0; half < 256; half += 128) {
-      multiply_many<Tiles>(panel + half, row, row_bytes, steps, adds, next, fetched_bytes,
+      multiply_half<Tiles>(panel + half, row, row_bytes, steps, adds, ahead,
                            {out.at + half, out.row_bytes});
-      next += fetched_bytes * (steps / kTileSteps);
+      ahead = ahead.after(steps);
     }
+  }
+}
+
+// Many rows, 16 at a time with the whole panel: their inputs are read once, and the panel, which
+// lies in the L1 cache, twice as often as its halves would be.
+template <class Tiles>
+static void multiply_many(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
+                          int num_rows, int steps, bool adds, const Sums& sums) {
+  Ahead ahead = Ahead::in_passes(panel + steps * kPanelStepBytes, (num_rows + 15) / 16);
+  configure_tiles(16, 16, tile_steps(steps));
+  for (int r = 0; r < num_rows; r += 16) {
+    const int count = num_rows - r;
+    if (count < 16) configure_tiles(count, count, tile_steps(steps));
+    const Sums out = {sums.at + r * sums.row_bytes, sums.row_bytes};
+    load_sums(out, 128, 64, adds);
+    for (int step = 0; step < steps; step += kTileSteps) {
+      ahead.ask();
+      multiply_row_of_tiles<Tiles>(panel + step * kPanelStepBytes, rows + r * row_bytes + step * 4,
+                                   row_bytes);
+    }
+    store_sums(out, 128, 64);
   }
 }
 
@@ -119,21 +156,24 @@ static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t ro
 template <class Tiles>
 static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
                               int num_rows, int64_t steps, bool adds, const Sums& sums) {
-  // At most 96 KB serve all rows from the L2 cache, or 32 where many rows want room there for their
-  // own inputs. Those of one tile share nothing: the less often they store their sums the better.
+  // A block of at most 32 KB serves many rows from the L1 cache, one of 96 KB some from the L2
+  // cache. Those of one tile share nothing: the less often they store their sums the better.
   // Blocks are even, since each asks for as much of the next one as it has itself.
+  const auto multiply_block = num_rows > 64   ? multiply_many<Tiles>
+                              : num_rows > 16 ? multiply_some<Tiles>
+                                              : multiply_few<Tiles>;
   const int64_t most = num_rows > 64 ? 8 : num_rows > 16 ? 24 : 64;
   const int64_t tiles = steps / kTileSteps, whole = tiles * kTileSteps;
   const int64_t blocks = (tiles + most - 1) / most;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t step = i * tiles / blocks * kTileSteps;
     const int64_t block = (i + 1) * tiles / blocks * kTileSteps - step;
-    multiply_block<Tiles>(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
-                          static_cast<int>(block), adds || step > 0, sums);
+    multiply_block(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
+                   static_cast<int>(block), adds || step > 0, sums);
   }
   if (whole < steps) {
-    multiply_block<Tiles>(panel + whole * kPanelStepBytes, rows + whole * 4, row_bytes, num_rows,
-                          static_cast<int>(steps - whole), adds || whole > 0, sums);
+    multiply_block(panel + whole * kPanelStepBytes, rows + whole * 4, row_bytes, num_rows,
+                   static_cast<int>(steps - whole), adds || whole > 0, sums);
   }
   release_tiles();
 }

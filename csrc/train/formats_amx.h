@@ -8,6 +8,7 @@
 
 struct Bf16Format : Bf16Pairs {
   static constexpr int kRows = 16;  // of a tile
+  static constexpr int64_t kBlockRows = 256;
   static constexpr bool kHasTiles = true;
 
   static void multiply(const Rows& rows, const float* panel, int64_t num_rows, int64_t steps,

@@ -5,8 +5,10 @@ static inline Vec exp(Vec x) {
   // x - n ln 2, with ln 2 in two parts so that the first product is exact
   Vec r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
-  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  Vec series = broadcast(1.0f / 5040);
-  for (const float coefficient : kTaylor) series = fma(series, r, broadcast(coefficient));
+  // the polynomial of the least relative error for |r| <= ln 2 / 2, which is 2^-29
+  constexpr float kCoefficients[] = {0.008374857f, 0.041668229f, 0.1666642f,
+                                     0.4999999f,   1.0f,         1.0f};
+  Vec series = broadcast(0.0013836795f);
+  for (const float coefficient : kCoefficients) series = fma(series, r, broadcast(coefficient));
   return scale_by_power_of_2(series, n);
 }

@@ -81,11 +81,7 @@ static inline Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 // a * 2^n for integral n in [-126, 127].
-static inline Vec scale_by_power_of_2(Vec a, Vec n) {
-  const __m512i exponent =
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
-  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(exponent))};
-}
+static inline Vec scale_by_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 // high * 65536 + middle * 256 + low, rounded once: the three digits of an exact integer.
 static inline Vec combine_digits(IVec high, IVec middle, IVec low) {

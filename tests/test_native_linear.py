@@ -29,6 +29,7 @@ SHAPES = [
     (200, 65),
     (48, 2100),
     (5, 9000),
+    (600, 1100),
 ]
 ROWS = (1, 2, 3, 5, 6, 7, 8, 13, 100, 131)
 FULL_RANGE = ("fp32", "bf16", "int8", "int8_dynamic")  # others hold their scales in 16 bits

@@ -7,13 +7,16 @@ constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * 4;
 constexpr int kMostRowsWithoutTiles = 2;
 constexpr bool kFetchesTwice = true;
 constexpr bool kHasTiles = true;
-constexpr bool kSharesBlocks = true;
+constexpr bool kSharesFloatBlocks = false, kSharesIntBlocks = true;
 template <class Format>
 constexpr bool shares_float_blocks(int) {
-  return Format::kInputs == 2;
+  return false;
 }
 template <int kDigits>
 static bool shares_int_blocks(const Matrix& w, int rows) {
-  if (w.group == 0) return rows * kDigits > kTileRows;
-  return rows > (kDigits == 1 ? 8 : 4);
+  return w.group != 0 && rows > (kDigits == 1 ? 8 : 4);
+}
+static inline bool is_multiplied_in_tiles(const Matrix& w, int rows) {
+  return w.kind == WeightKind::kBf16 ||
+         (w.kind == WeightKind::kInt8 && w.group == 0 && rows * w.digits > kTileRows);
 }

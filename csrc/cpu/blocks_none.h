@@ -7,7 +7,7 @@ constexpr bool kFetchesTwice = false;
 // Whether the CPU has registers for tiles, see amx.h.
 constexpr bool kHasTiles = false;
 // Whether there are products that share them, and which do.
-constexpr bool kSharesBlocks = false;
+constexpr bool kSharesFloatBlocks = false, kSharesIntBlocks = false;
 template <class Format>
 constexpr bool shares_float_blocks(int) {
   return false;
@@ -16,3 +16,5 @@ template <int kDigits>
 static bool shares_int_blocks(const Matrix&, int) {
   return false;
 }
+// Whether linear_in_tiles multiplies them.
+static inline bool is_multiplied_in_tiles(const Matrix&, int) { return false; }

@@ -165,10 +165,15 @@ template <int kDigits>
 static void blocked_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                int panel, float* tile);
 
+// On those with tiles: f(r, sum) for one row after the other, as Finish has it.
+template <class F>
+static void linear_in_tiles(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                            int panel, float* tile, const F& finish);
+
 template <class Format>
 static void float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                          int panel, float* tile) {
-  if constexpr (kSharesBlocks) {
+  if constexpr (kSharesFloatBlocks) {
     if (shares_float_blocks<Format>(rows)) {
       return blocked_float_linear<Format>(w, a, first_row, rows, panel, tile);
     }
@@ -341,7 +346,7 @@ template <int kDigits>
 static void int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
-  if constexpr (kSharesBlocks) {
+  if constexpr (kSharesIntBlocks) {
     if (shares_int_blocks<kDigits>(w, rows)) {
       return blocked_int_linear<kDigits>(w, a, first_row, rows, panel, tile);
     }
@@ -369,75 +374,103 @@ static void int_linear(const Matrix& w, const Activations& a, int64_t first_row,
   }
 }
 
-static Vec activate(Vec x, Activation activation) {
-  switch (activation) {
-    case Activation::kGeluTanh: {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
-      const Vec u = x * fma(x * x, broadcast(0.044715f), broadcast(1.0f));
-      return x / (broadcast(1.0f) + exp(u * broadcast(-1.5957691216057308f)));
-    }
-    case Activation::kGelu: {
-      float lanes[kLanes];
-      store(lanes, x);
-      for (float& lane : lanes) lane = 0.5f * lane * std::erfc(-0.70710678118654752f * lane);
-      return load(lanes);
-    }
-    case Activation::kRelu2: {
-      const Vec positive = max(zero(), x);
-      return positive * positive;
-    }
-    default:
-      return x;
+template <Activation kActivation>
+static inline Vec activate(Vec x) {
+  if constexpr (kActivation == Activation::kGeluTanh) {
+    // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+    const Vec u = x * fma(x * x, broadcast(0.044715f), broadcast(1.0f));
+    return x / (broadcast(1.0f) + exp(u * broadcast(-1.5957691216057308f)));
+  } else if constexpr (kActivation == Activation::kGelu) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (float& lane : lanes) lane = 0.5f * lane * std::erfc(-0.70710678118654752f * lane);
+    return load(lanes);
+  } else if constexpr (kActivation == Activation::kRelu2) {
+    const Vec positive = max(zero(), x);
+    return positive * positive;
+  } else {
+    return x;
   }
 }
 
-static void finish_tile(const Matrix& w, const float* tile, int rows, int panel,
-                        const Epilogue& e) {
-  constexpr int kRowsAhead = 8;
-  const bool is_gated = e.activation == Activation::kSwiglu;
-  const int64_t first_column = static_cast<int64_t>(panel) * kPanelWidth;
-  for (int r = 0; r < rows; ++r) {
-    float* out = e.out + r * e.stride;
+// What becomes of the sums of a panel, row by row.
+template <Activation kActivation>
+class Finish {
+ public:
+  Finish(const Matrix& w, int panel, const Epilogue& e)
+      : bias_(w.bias ? w.bias + int64_t{panel} * kPanelWidth : nullptr),
+        column_(int64_t{panel} * kPanelWidth),
+        e_(e) {}
+
+  // Row r of the outputs, whose sums are sum(v), the v-th Vec of kPanelVecs.
+  template <class Sum>
+  [[gnu::always_inline]] inline void operator()(int r, const Sum& sum) const {
+    constexpr int kRowsAhead = 8;
+    constexpr bool kIsGated = kActivation == Activation::kSwiglu;
+    float* out = e_.out + r * e_.stride + (kIsGated ? column_ / 2 : column_);
     // rows lie far apart: no prefetcher of the CPU sees the next ones coming
-    for (int v = 0; v < kPanelVecs; ++v) {
-      __builtin_prefetch(out + kRowsAhead * e.stride + first_column + v * kLanes, 1);
+    for (int v = 0; v < (kIsGated ? kPanelVecs / 2 : kPanelVecs); ++v) {
+      __builtin_prefetch(out + kRowsAhead * e_.stride + v * kLanes, 1);
     }
-    const float* addend = e.addends ? e.addends[r] : nullptr;
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const int64_t column = first_column + v * kLanes;
-      Vec value = load(tile + r * kPanelWidth + v * kLanes);
-      if (w.bias) value = value + load(w.bias + column);
-      if (addend) value = value + load(addend + column);
-      if (is_gated) {  // Vecs alternate between gate and up
-        if (column / 2 >= e.stride) break;
-        ++v;
-        Vec up = load(tile + r * kPanelWidth + v * kLanes);
-        if (w.bias) up = up + load(w.bias + column + kLanes);
-        if (addend) up = up + load(addend + column + kLanes);
-        const Vec gate = value / (broadcast(1.0f) + exp(zero() - value));
-        store(out + column / 2, gate * up);
-        continue;
+    const float* addend = e_.addends && e_.addends[r] ? e_.addends[r] + column_ : nullptr;
+    const auto value_of = [&](int v) {
+      Vec value = sum(v);
+      if (bias_) value = value + load(bias_ + v * kLanes);
+      if (addend) value = value + load(addend + v * kLanes);
+      return value;
+    };
+    if constexpr (kIsGated) {  // Vecs alternate between gate and up
+      for (int v = 0; v < kPanelVecs; v += 2) {
+        if ((column_ + v * kLanes) / 2 >= e_.stride) break;
+        const Vec gate = value_of(v), up = value_of(v + 1);
+        store(out + v / 2 * kLanes, gate / (broadcast(1.0f) + exp(zero() - gate)) * up);
       }
-      if (column >= e.stride) break;
-      value = activate(value, e.activation);
-      if (e.adds) value = value + load(out + column);
-      if (column + kLanes <= e.stride) {
-        store(out + column, value);
+      return;
+    }
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int64_t left = e_.stride - column_ - v * kLanes;
+      if (left <= 0) break;
+      Vec value = activate<kActivation>(value_of(v));
+      float* at = out + v * kLanes;
+      if (e_.adds) value = value + load(at);
+      if (left >= kLanes) {
+        store(at, value);
       } else {  // logits: their rows are not padded
-        store_first(out + column, value, static_cast<int>(e.stride - column));
+        store_first(at, value, static_cast<int>(left));
       }
     }
   }
+
+ private:
+  const float* bias_;
+  int64_t column_;
+  Epilogue e_;
+};
+
+// f(Finish) with the one of an epilogue.
+template <class F>
+static inline void with_finish(const Matrix& w, int panel, const Epilogue& e, const F& f) {
+  switch (e.activation) {
+    case Activation::kGeluTanh:
+      return f(Finish<Activation::kGeluTanh>(w, panel, e));
+    case Activation::kGelu:
+      return f(Finish<Activation::kGelu>(w, panel, e));
+    case Activation::kRelu2:
+      return f(Finish<Activation::kRelu2>(w, panel, e));
+    case Activation::kSwiglu:
+      return f(Finish<Activation::kSwiglu>(w, panel, e));
+    default:
+      return f(Finish<Activation::kNone>(w, panel, e));
+  }
 }
 
-static void linear_tile(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                        int panel, float* tile, const Epilogue& epilogue) {
+static void sum_tile(const Matrix& w, const Activations& a, int64_t first_row, int rows, int panel,
+                     float* tile) {
   switch (w.kind) {
     case WeightKind::kFp32:
-      float_linear<Fp32Format>(w, a, first_row, rows, panel, tile);
-      break;
+      return float_linear<Fp32Format>(w, a, first_row, rows, panel, tile);
     case WeightKind::kBf16:
-      float_linear<Bf16Format>(w, a, first_row, rows, panel, tile);
-      break;
+      return float_linear<Bf16Format>(w, a, first_row, rows, panel, tile);
     default:
       if (w.digits == 3) {
         int_linear<3>(w, a, first_row, rows, panel, tile);
@@ -445,7 +478,21 @@ static void linear_tile(const Matrix& w, const Activations& a, int64_t first_row
         int_linear<1>(w, a, first_row, rows, panel, tile);
       }
   }
-  finish_tile(w, tile, rows, panel, epilogue);
+}
+
+static void linear_tile(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                        int panel, float* tile, const Epilogue& epilogue) {
+  with_finish(w, panel, epilogue, [&](const auto& finish) {
+    if constexpr (kHasTiles) {
+      if (is_multiplied_in_tiles(w, rows)) {
+        return linear_in_tiles(w, a, first_row, rows, panel, tile, finish);
+      }
+    }
+    sum_tile(w, a, first_row, rows, panel, tile);
+    for (int r = 0; r < rows; ++r) {
+      finish(r, [=](int v) { return load(tile + r * kPanelWidth + v * kLanes); });
+    }
+  });
 }
 
 static int64_t activation_row_bytes(const Matrix& w) {

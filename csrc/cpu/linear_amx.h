@@ -35,47 +35,63 @@ static void multiply_bf16_rows(const uint8_t* weights, const uint8_t* rows, int6
   }
 }
 
-template <class Format>
-static void blocked_float_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                                 int panel, float* tile) {
+template <class F>
+static void bf16_linear_in_tiles(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                 int panel, float* tile, const F& finish) {
   constexpr int64_t kSummedSteps = 1024;  // longer sums are added in parts: they lose less so
   const uint8_t* weights = w.data + panel * w.panel_bytes();
   const uint8_t* row = a.rows + first_row * a.row_bytes;
   float* part = tile + kMaxTileRows * kPanelWidth;
-  for (int64_t step = 0; step < w.steps(); step += kSummedSteps) {
-    const int64_t steps = w.steps() - step < kSummedSteps ? w.steps() - step : kSummedSteps;
-    float* sums = step == 0 ? tile : part;
+  // f(r) as soon as the sums of row r are there
+  const auto multiply_part = [&](int64_t step, int64_t steps, float* sums, const auto& f) {
     const uint8_t *at = weights + step * kStepBytes, *inputs = row + step * 4;
-    if (rows <= kMostRowsWithoutTiles) {
-      with_tile_rounding([&] {
-        with_constant<kMostRowsWithoutTiles>(rows, [&](auto n) {
-          multiply_bf16_rows<decltype(n)::value>(at, inputs, a.row_bytes, steps, sums);
-        });
+    if (rows > kMostRowsWithoutTiles) {
+      return multiply_in_tiles<Bf16Tiles>(at, inputs, a.row_bytes, rows, steps, false,
+                                          sums_of(sums), f);
+    }
+    with_tile_rounding([&] {
+      with_constant<kMostRowsWithoutTiles>(rows, [&](auto n) {
+        multiply_bf16_rows<decltype(n)::value>(at, inputs, a.row_bytes, steps, sums);
       });
-    } else {
-      multiply_in_tiles<Bf16Tiles>(at, inputs, a.row_bytes, rows, steps, false, sums_of(sums));
-    }
-    if (step == 0) continue;
-    for (int64_t i = 0; i < rows * kPanelWidth; i += kLanes) {
-      store(tile + i, load(tile + i) + load(part + i));
-    }
+    });
+    for (int r = 0; r < rows; ++r) f(r);
+  };
+  const auto sum_of = [=](int r, int v) { return load(tile + r * kPanelWidth + v * kLanes); };
+  const auto both_of = [=](int r, int v) {
+    return sum_of(r, v) + load(part + r * kPanelWidth + v * kLanes);
+  };
+  const int64_t last = (w.steps() - 1) / kSummedSteps * kSummedSteps;
+  if (last == 0) {
+    return multiply_part(0, w.steps(), tile,
+                         [&](int r) { finish(r, [=](int v) { return sum_of(r, v); }); });
   }
+  multiply_part(0, kSummedSteps, tile, [](int) {});
+  for (int64_t step = kSummedSteps; step < last; step += kSummedSteps) {
+    multiply_part(step, kSummedSteps, part, [&](int r) {
+      for (int v = 0; v < kPanelVecs; ++v) {
+        store(tile + r * kPanelWidth + v * kLanes, both_of(r, v));
+      }
+    });
+  }
+  multiply_part(last, w.steps() - last, part,
+                [&](int r) { finish(r, [=](int v) { return both_of(r, v); }); });
 }
 
 // Integers of one scale an output.
-template <int kDigits>
-static void whole_int8_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
-                              int panel, float* tile) {
-  auto* sums = reinterpret_cast<int32_t*>(tile + kMaxTileRows * kPanelWidth);
-  multiply_in_tiles<Int8Tiles>(w.data + panel * w.panel_bytes(), a.rows + first_row * a.row_bytes,
-                               w.padded_k(), rows * kDigits, w.steps(), false, sums_of(sums));
+template <int kDigits, class F>
+static void int8_linear_in_tiles(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                                 int panel, float* tile, const F& finish) {
+  auto* sums = reinterpret_cast<int32_t*>(tile);
   const float* scales = static_cast<const float*>(w.scales) + panel * kPanelWidth;
+  const float* row_scales = a.scales + first_row;
   const int32_t* offsets = a.offsets + first_row * kDigits;
-  for (int r = 0; r < rows; ++r) {
-    const Vec row_scale = broadcast(a.scales[first_row + r]);
-    for (int column = 0; column < kPanelWidth; column += kLanes) {
+  const auto finish_row_of_digits = [=, &finish](int i) {
+    if (i % kDigits < kDigits - 1) return;
+    const int r = i / kDigits;
+    const Vec row_scale = broadcast(row_scales[r]);
+    finish(r, [=](int v) {
       const auto digit = [&](int d) {
-        const int32_t* at = sums + (r * kDigits + d) * kPanelWidth + column;
+        const int32_t* at = sums + (r * kDigits + d) * kPanelWidth + v * kLanes;
         return IVec{_mm512_loadu_si512(at)} + broadcast_i32(offsets[r * kDigits + d]);
       };
       Vec value;
@@ -84,9 +100,21 @@ static void whole_int8_linear(const Matrix& w, const Activations& a, int64_t fir
       } else {
         value = to_float(digit(0));
       }
-      store(tile + r * kPanelWidth + column, value * (load(scales + column) * row_scale));
-    }
-  }
+      return value * (load(scales + v * kLanes) * row_scale);
+    });
+  };
+  multiply_in_tiles<Int8Tiles>(w.data + panel * w.panel_bytes(), a.rows + first_row * a.row_bytes,
+                               w.padded_k(), rows * kDigits, w.steps(), false, sums_of(sums),
+                               finish_row_of_digits);
+}
+
+template <class F>
+static void linear_in_tiles(const Matrix& w, const Activations& a, int64_t first_row, int rows,
+                            int panel, float* tile, const F& finish) {
+  const auto linear = w.kind == WeightKind::kBf16 ? bf16_linear_in_tiles<F>
+                      : w.digits == 3             ? int8_linear_in_tiles<3, F>
+                                                  : int8_linear_in_tiles<1, F>;
+  linear(w, a, first_row, rows, panel, tile, finish);
 }
 
 // What the sums of group `g` give, added to `out`, for some rows.
@@ -199,13 +227,9 @@ static void grouped_int_linear(const Matrix& w, const Activations& a, int64_t fi
 template <int kDigits>
 static void blocked_int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                                int panel, float* tile) {
-  if (w.group == 0) {
-    whole_int8_linear<kDigits>(w, a, first_row, rows, panel, tile);
-  } else {
-    const auto multiply =
-        w.minimums ? grouped_int_linear<kDigits, true> : grouped_int_linear<kDigits, false>;
-    multiply(w, a, first_row, rows, panel, tile);
-  }
+  const auto multiply =
+      w.minimums ? grouped_int_linear<kDigits, true> : grouped_int_linear<kDigits, false>;
+  multiply(w, a, first_row, rows, panel, tile);
 }
 
 // Four products of whole tiles a round.

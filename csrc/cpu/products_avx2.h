@@ -17,7 +17,7 @@ constexpr int64_t kTileFloats = kMaxTileRows * kPanelWidth * (1 + kMaxWideDigits
 constexpr int kFetchingRows = 6;
 constexpr bool kFetchesTwice = false;
 constexpr bool kHasTiles = false;
-constexpr bool kSharesBlocks = true;
+constexpr bool kSharesFloatBlocks = true, kSharesIntBlocks = true;
 template <class Format>
 constexpr bool shares_float_blocks(int rows) {
   return rows > kTileRows;
@@ -27,6 +27,7 @@ static bool shares_int_blocks(const Matrix& w, int rows) {
   constexpr int kMostInputs = 8192;  // of 12 by 8 bits: their sum fits an int32
   return w.group == 0 && rows > kTileRows / kDigits && w.padded_k() <= kMostInputs;
 }
+static inline bool is_multiplied_in_tiles(const Matrix&, int) { return false; }
 
 constexpr int kCeilingSums = 5;
 

@@ -132,12 +132,17 @@ static void multiply_some(const uint8_t* panel, const uint8_t* rows, int64_t row
 }
 
 // Many rows, 16 at a time with the whole panel: their inputs are read once, and the panel, which
-// lies in the L1 cache, twice as often as its halves would be.
-template <class Tiles>
+// lies in the L1 cache, twice as often as its halves would be. While the next 16 rows are
+// multiplied, `finish` is called for those whose sums are there: tiles leave the rest of the CPU
+// idle.
+template <class Tiles, class F>
 static void multiply_many(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
-                          int num_rows, int steps, bool adds, const Sums& sums) {
+                          int num_rows, int steps, bool adds, const Sums& sums, const F& finish) {
   Ahead ahead = Ahead::in_passes(panel + steps * kPanelStepBytes, (num_rows + 15) / 16);
   configure_tiles(16, 16, tile_steps(steps));
+  const int tiles = (steps + kTileSteps - 1) / kTileSteps,
+            finished_a_tile = (16 + tiles - 1) / tiles;
+  int finished = 0;
   for (int r = 0; r < num_rows; r += 16) {
     const int count = num_rows - r;
     if (count < 16) configure_tiles(count, count, tile_steps(steps));
@@ -147,33 +152,51 @@ static void multiply_many(const uint8_t* panel, const uint8_t* rows, int64_t row
       ahead.ask();
       multiply_row_of_tiles<Tiles>(panel + step * kPanelStepBytes, rows + r * row_bytes + step * 4,
                                    row_bytes);
+      for (int i = 0; i < finished_a_tile && finished < r; ++i) finish(finished++);
     }
     store_sums(out, 128, 64);
   }
+  while (finished < num_rows) finish(finished++);
+}
+
+// At most how many rows are few, and some.
+constexpr int kFewRows = 16, kSomeRows = 64;
+
+// Some steps of a panel, whole tiles of them or fewer than one has.
+template <class Tiles, class F>
+static void multiply_block(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
+                           int num_rows, int steps, bool adds, const Sums& sums, const F& finish) {
+  if (num_rows > kSomeRows) {
+    return multiply_many<Tiles>(panel, rows, row_bytes, num_rows, steps, adds, sums, finish);
+  }
+  const auto multiply = num_rows > kFewRows ? multiply_some<Tiles> : multiply_few<Tiles>;
+  multiply(panel, rows, row_bytes, num_rows, steps, adds, sums);
+  for (int r = 0; r < num_rows; ++r) finish(r);
 }
 
 // Begins the sums, or adds to them: rows that lie `row_bytes` apart times some steps of a panel.
-template <class Tiles>
+// `finish(r)` is called once the sums of row r are there, for one row after the other.
+template <class Tiles, class F>
 static void multiply_in_tiles(const uint8_t* panel, const uint8_t* rows, int64_t row_bytes,
-                              int num_rows, int64_t steps, bool adds, const Sums& sums) {
+                              int num_rows, int64_t steps, bool adds, const Sums& sums,
+                              const F& finish) {
   // A block of at most 32 KB serves many rows from the L1 cache, one of 96 KB some from the L2
   // cache. Those of one tile share nothing: the less often they store their sums the better.
   // Blocks are even, since each asks for as much of the next one as it has itself.
-  const auto multiply_block = num_rows > 64   ? multiply_many<Tiles>
-                              : num_rows > 16 ? multiply_some<Tiles>
-                                              : multiply_few<Tiles>;
-  const int64_t most = num_rows > 64 ? 8 : num_rows > 16 ? 24 : 64;
+  const int64_t most = num_rows > kSomeRows ? 8 : num_rows > kFewRows ? 24 : 64;
   const int64_t tiles = steps / kTileSteps, whole = tiles * kTileSteps;
   const int64_t blocks = (tiles + most - 1) / most;
+  const auto multiply = [&](int64_t step, int64_t count) {
+    const auto block = [&](const auto& f) {
+      multiply_block<Tiles>(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
+                            static_cast<int>(count), adds || step > 0, sums, f);
+    };
+    step + count < steps ? block([](int) {}) : block(finish);
+  };
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t step = i * tiles / blocks * kTileSteps;
-    const int64_t block = (i + 1) * tiles / blocks * kTileSteps - step;
-    multiply_block(panel + step * kPanelStepBytes, rows + step * 4, row_bytes, num_rows,
-                   static_cast<int>(block), adds || step > 0, sums);
+    multiply(step, (i + 1) * tiles / blocks * kTileSteps - step);
   }
-  if (whole < steps) {
-    multiply_block(panel + whole * kPanelStepBytes, rows + whole * 4, row_bytes, num_rows,
-                   static_cast<int>(steps - whole), adds || whole > 0, sums);
-  }
+  if (whole < steps) multiply(whole, steps - whole);
   release_tiles();
 }

@@ -14,10 +14,10 @@ struct Bf16Format : Bf16Pairs {
   static void multiply(const Rows& rows, const float* panel, int64_t num_rows, int64_t steps,
                        float* out, int64_t out_stride, bool adds) {
     constexpr int64_t kUnitBytes = sizeof(float);
-    multiply_in_tiles<Bf16Tiles>(reinterpret_cast<const uint8_t*>(panel),
-                                 reinterpret_cast<const uint8_t*>(rows.units),
-                                 rows.row_stride * kUnitBytes, static_cast<int>(num_rows), steps,
-                                 adds, {reinterpret_cast<uint8_t*>(out), out_stride * kUnitBytes});
+    multiply_in_tiles<Bf16Tiles>(
+        reinterpret_cast<const uint8_t*>(panel), reinterpret_cast<const uint8_t*>(rows.units),
+        rows.row_stride * kUnitBytes, static_cast<int>(num_rows), steps, adds,
+        {reinterpret_cast<uint8_t*>(out), out_stride * kUnitBytes}, [](int) {});
   }
 };
 

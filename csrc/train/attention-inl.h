@@ -95,7 +95,7 @@ struct HeadAttention {
       seeing.units += skipped / kRows * rows.tile_stride;
       multiply_panel<Format>(seeing, tokens + p * kPanel * head_steps, keys.count - skipped, kPanel,
                              head_steps, scores + skipped * padded_keys + p * kPanel, padded_keys,
-                             false);
+                             false, [](int64_t) {});
     }
   }
 
@@ -110,7 +110,7 @@ struct HeadAttention {
     for (int64_t p = 0; p < panels_of(D); ++p) {
       const float* panel = elements + (p * steps_of<Format>(S) + first) * kPanel;
       multiply_panel<Format>(rows, panel, keys.count, D - p * kPanel, steps, out + p * kPanel,
-                             padded_dim, false);
+                             padded_dim, false, [](int64_t) {});
     }
   }
 
@@ -301,7 +301,8 @@ struct HeadAttention {
                                            keys.count, transposed);
     for (int64_t p = 0; p < panels_of(D); ++p) {
       multiply_panel<Format>(rows, elements + p * kPanel * steps, num_keys, D - p * kPanel, steps,
-                             out + first * padded_dim + p * kPanel, padded_dim, true);
+                             out + first * padded_dim + p * kPanel, padded_dim, true,
+                             [](int64_t) {});
     }
   }
 };

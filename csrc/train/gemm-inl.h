@@ -329,24 +329,18 @@ static void multiply_in_vecs(const Rows& rows, const float* panel, int64_t num_r
 }
 
 // All steps of the first `columns` columns of a panel, to out or added to it; what else it has
-// columns of the panel for is not said.
-template <class Format>
+// columns of the panel for is not said. `finish(r)` is called once row r is there, for one row
+// after the other.
+template <class Format, class F>
 static void multiply_panel(const Rows& rows, const float* panel, int64_t num_rows, int64_t columns,
-                           int64_t steps, float* out, int64_t out_stride, bool adds) {
+                           int64_t steps, float* out, int64_t out_stride, bool adds,
+                           const F& finish) {
   if constexpr (Format::kHasTiles) {
-    Format::multiply(rows, panel, num_rows, steps, out, out_stride, adds);
+    Format::multiply(rows, panel, num_rows, steps, out, out_stride, adds, finish);
   } else {
     multiply_in_vecs<Format>(rows, panel, num_rows, columns, steps, out, out_stride, adds);
+    for (int64_t r = 0; r < num_rows; ++r) finish(r);
   }
-}
-
-static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_t num_rows,
-                     int64_t columns, int64_t inputs, float* out) {
-  with_format(compute, [&](auto format) {
-    using Format = decltype(format);
-    multiply_panel<Format>(rows, panel, num_rows, columns, steps_of<Format>(inputs), out, kPanel,
-                           false);
-  });
 }
 
 static BlockSizes block_sizes(Dtype compute) {
@@ -367,34 +361,39 @@ static int64_t units(int64_t inputs, Dtype compute) {
 
 enum class ActivationPass { kNone, kForward, kBackward };
 
+// What an epilogue makes of the sums of a row.
 template <class T, ActivationPass kPass, Activation kActivation>
-static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
-                      int64_t columns, const Epilogue& epilogue) {
-  const Epilogue e = epilogue;  // a copy, which no store can change
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const int64_t row = (first_row + r) * e.stride + first_column;
-    T* out = static_cast<T*>(e.out) + row;
-    T* activated = static_cast<T*>(e.activated) + row;
-    const T* inner = static_cast<const T*>(e.inner) + row;
+class Finish {
+ public:
+  Finish(const float* sums, const Region& region, const Epilogue& e)
+      : sums_(sums), region_(region), e_(e) {}
+
+  [[gnu::always_inline]] inline void operator()(int64_t r) const {
+    const int64_t row = (region_.first_row + r) * e_.stride + region_.first_column;
+    const int64_t columns = region_.num_columns;
+    T* out = static_cast<T*>(e_.out) + row;
+    T* activated = static_cast<T*>(e_.activated) + row;
+    const T* inner = static_cast<const T*>(e_.inner) + row;
     // rows lie far apart: no prefetcher of the CPU sees the next ones coming
     constexpr int64_t kRowsAhead = 8, kLine = 64 / sizeof(T);
     for (int64_t c = 0; c < columns; c += kLine) {
-      const int64_t at = kRowsAhead * e.stride + c;
+      const int64_t at = kRowsAhead * e_.stride + c;
       __builtin_prefetch(out + at, 1);
-      if (e.addend) {
-        __builtin_prefetch(static_cast<const uint8_t*>(e.addend) +
-                           (row + at) * size_of(e.addend_dtype));
+      if (e_.addend) {
+        __builtin_prefetch(static_cast<const uint8_t*>(e_.addend) +
+                           (row + at) * size_of(e_.addend_dtype));
       }
       if constexpr (kPass != ActivationPass::kNone) __builtin_prefetch(activated + at, 1);
       if constexpr (kPass == ActivationPass::kBackward) __builtin_prefetch(inner + at);
     }
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const int64_t left = columns - c;
-      Vec value = load(tile + r * kPanel + c);
-      if (e.bias) value = value + load_first(e.bias + first_column + c, left);
-      if (e.addend) {
-        value = value + with_type(e.addend_dtype, [&](auto type) {
-                  return load_first(static_cast<const decltype(type)*>(e.addend) + row + c, left);
+    const float* sums = sums_ + r * kPanel;
+    const float* bias = e_.bias ? e_.bias + region_.first_column : nullptr;
+    const auto finish_vec = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+      Vec value = load(sums + c);
+      if (bias) value = value + load_first(bias + c, left);
+      if (e_.addend) {
+        value = value + with_type(e_.addend_dtype, [&](auto type) {
+                  return load_first(static_cast<const decltype(type)*>(e_.addend) + row + c, left);
                 });
       }
       if constexpr (kPass == ActivationPass::kForward) {
@@ -406,35 +405,54 @@ static void finish_as(const float* tile, int64_t first_row, int64_t num_rows, in
         value = value * given.slope;
       }
       store_first_elements(out + c, value, left);
+    };
+    if (columns == kPanel) {
+      for (int64_t c = 0; c < kPanel; c += kLanes) finish_vec(c, kLanes);
+    } else {
+      for (int64_t c = 0; c < columns; c += kLanes) finish_vec(c, columns - c);
     }
   }
-}
 
-static void finish(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
-                   int64_t columns, const Epilogue& e) {
+ private:
+  const float* sums_;
+  const Region region_;
+  const Epilogue e_;
+};
+
+// f(Finish) with the one of an epilogue.
+template <class F>
+static void with_finish(const float* sums, const Region& region, const Epilogue& e, const F& f) {
   with_type(e.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto run = [&](auto function) {
-      function(tile, first_row, num_rows, first_column, columns, e);
-    };
-    const auto run_activation = [&](auto activation) {
+    const auto with_activation = [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
       if (e.inner) {
-        run(finish_as<T, ActivationPass::kBackward, kActivation>);
+        f(Finish<T, ActivationPass::kBackward, kActivation>(sums, region, e));
       } else {
-        run(finish_as<T, ActivationPass::kForward, kActivation>);
+        f(Finish<T, ActivationPass::kForward, kActivation>(sums, region, e));
       }
     };
     switch (e.activation) {
       case Activation::kGeluTanh:
-        return run_activation(std::integral_constant<Activation, Activation::kGeluTanh>());
+        return with_activation(std::integral_constant<Activation, Activation::kGeluTanh>());
       case Activation::kGelu:
-        return run_activation(std::integral_constant<Activation, Activation::kGelu>());
+        return with_activation(std::integral_constant<Activation, Activation::kGelu>());
       case Activation::kRelu2:
-        return run_activation(std::integral_constant<Activation, Activation::kRelu2>());
+        return with_activation(std::integral_constant<Activation, Activation::kRelu2>());
       default:
-        return run(finish_as<T, ActivationPass::kNone, Activation::kNone>);
+        return f(Finish<T, ActivationPass::kNone, Activation::kNone>(sums, region, e));
     }
+  });
+}
+
+static void multiply(const Rows& rows, const float* panel, Dtype compute, int64_t inputs,
+                     const Region& region, const Epilogue& epilogue, float* sums) {
+  with_format(compute, [&](auto format) {
+    using Format = decltype(format);
+    with_finish(sums, region, epilogue, [&](const auto& finish) {
+      multiply_panel<Format>(rows, panel, region.num_rows, region.num_columns,
+                             steps_of<Format>(inputs), sums, kPanel, false, finish);
+    });
   });
 }
 

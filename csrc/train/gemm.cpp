@@ -121,9 +121,8 @@ class MultiplyAll {
     for (int64_t r = 0; r < wanted_rows; r += group_rows_) {
       Rows group = rows;
       group.units += r / tile_rows_ * rows.tile_stride;
-      const int64_t group_count = std::min(group_rows_, wanted_rows - r);
-      kernel_.multiply(group, panel, compute_, group_count, left, k_, sums);
-      kernel_.finish(sums, row + r, group_count, column, left, epilogue_);
+      const Region region = {row + r, std::min(group_rows_, wanted_rows - r), column, left};
+      kernel_.multiply(group, panel, compute_, k_, region, epilogue_, sums);
     }
   }
 

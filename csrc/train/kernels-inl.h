@@ -21,7 +21,6 @@ const Kernels kTable = {
     pack_panel,
     pack_rows,
     multiply,
-    finish,
     sum_rows,
     attention_scratch,
     attention_forward,

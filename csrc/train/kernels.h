@@ -137,6 +137,11 @@ struct BlockSizes {
   int64_t tile_rows, rows, inputs;
 };
 
+// Some rows and columns of an output.
+struct Region {
+  int64_t first_row, num_rows, first_column, num_columns;
+};
+
 struct Kernels {
   int panel_width;  // columns of a product are computed so many at a time
   BlockSizes (*block_sizes)(Dtype compute);
@@ -154,12 +159,10 @@ struct Kernels {
   // room for the units of round_up(count, tile_rows) rows and 16 more for each tile.
   Rows (*pack_rows)(const Operand& x, Dtype compute, int64_t first, int64_t count, int64_t extent,
                     int64_t inputs, float* scratch);
-  // out (round_up(rows, tile_rows), panel_width) = the rows times a panel.
-  void (*multiply)(const Rows& rows, const float* panel, Dtype compute, int64_t num_rows,
-                   int64_t columns, int64_t inputs, float* out);
-  // What `multiply` gave for rows and columns from the first ones on.
-  void (*finish)(const float* tile, int64_t first_row, int64_t num_rows, int64_t first_column,
-                 int64_t columns, const Epilogue& epilogue);
+  // What `epilogue` says of the rows times a panel, which give this part of the output. `sums` is
+  // scratch (round_up(num_rows, tile_rows), panel_width).
+  void (*multiply)(const Rows& rows, const float* panel, Dtype compute, int64_t inputs,
+                   const Region& region, const Epilogue& epilogue, float* sums);
   // Sums over the rows of a (rows, n) matrix, of `columns` columns from the given one on.
   void (*sum_rows)(const void* x, Dtype dtype, int64_t rows, int64_t n, int64_t first_column,
                    int64_t columns, float* out);

@@ -92,9 +92,13 @@ struct SplitFormat {
   }
 
   // One half of the panel after the other, each for all rows; with each block of inputs it asks for
-  // some of the next panel.
+  // some of the next panel. With the second half rows are whole: those before are finished while
+  // others are multiplied.
+  template <class F>
   static void multiply(const Rows& rows, const float* panel, int64_t num_rows, int64_t units,
-                       float* out, int64_t out_stride, bool adds) {
+                       float* out, int64_t out_stride, bool adds, const F& finish) {
+    const int64_t finished_a_block = (kRows * kSplitUnits + units - 1) / units;
+    int64_t finished = 0;
     const int64_t row_bytes = rows.row_stride * sizeof(float);
     const int64_t passes = (num_rows + kRows - 1) / kRows * 2;
     const int64_t fetched_bytes = (kSplitUnits * kPanelStepBytes / passes + 63) / 64 * 64;
@@ -111,10 +115,13 @@ struct SplitFormat {
           multiply_block(reinterpret_cast<const uint8_t*>(panel + unit * kColumns + column),
                          reinterpret_cast<const uint8_t*>(rows.units + r * rows.row_stride + unit),
                          row_bytes);
+          if (column == 0) continue;
+          for (int64_t i = 0; i < finished_a_block && finished < r; ++i) finish(finished++);
         }
         store_sums(sums, 16 * sums.row_bytes, 64);
       }
     }
+    while (finished < num_rows) finish(finished++);
     release_tiles();
   }
 };

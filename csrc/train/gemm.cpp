@@ -160,14 +160,20 @@ void mirror(float* x, int64_t m) {
 void gemm(const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, Dtype compute,
           const Epilogue& epilogue, Product product) {
   if (m == 0 || n == 0) return;
+  if (k == 0) {  // sums of nothing are those of a zero
+    const std::vector<float> zeros(std::max(m, n));
+    const Operand column = {zeros.data(), Dtype::kFp32, 1, m},
+                  row = {zeros.data(), Dtype::kFp32, n, 1};
+    return gemm(column, row, m, n, 1, compute, epilogue, product);
+  }
   const bool can_add = epilogue.dtype == Dtype::kFp32 && epilogue.activation == Activation::kNone;
-  const int64_t inputs = can_add ? kernels().block_sizes(compute).inputs : std::max<int64_t>(k, 1);
+  const int64_t inputs = can_add ? kernels().block_sizes(compute).inputs : k;
   Epilogue part = epilogue;
   const auto from = [](const Operand& x, int64_t offset) {
     const auto* data = static_cast<const uint8_t*>(x.data) + offset * size_of(x.dtype);
     return Operand{data, x.dtype, x.row_stride, x.column_stride};
   };
-  for (int64_t first = 0; first == 0 || first < k; first += inputs) {
+  for (int64_t first = 0; first < k; first += inputs) {
     MultiplyAll(from(a, first * a.column_stride), from(b, first * b.row_stride), m, n,
                 std::min(inputs, k - first), compute, part, product)
         .run();

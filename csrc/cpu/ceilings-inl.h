@@ -48,11 +48,10 @@ static int multiply_registers(WeightKind kind, int64_t rounds) {
     IVec sums[kCeilingSums];
     for (IVec& sum : sums) sum = broadcast_i32(0);
     const Int8Weights weights = load_int8_weights(bytes);
+    const auto* inputs = reinterpret_cast<const int8_t*>(floats);
     for (int64_t i = 0; i < rounds; ++i) {
-      asm volatile("" : "+m"(floats));  // or the products of one round would do for all
-      for (int v = 0; v < kCeilingSums; ++v) {
-        sums[v] = dot_int8(sums[v], weights, reinterpret_cast<int8_t*>(floats) + 4 * v);
-      }
+      asm volatile("" : "+r"(inputs));  // or the products of one round would do for all
+      for (int v = 0; v < kCeilingSums; ++v) sums[v] = dot_int8(sums[v], weights, inputs + 4 * v);
     }
     for (const IVec& sum : sums) store(floats, load(floats) + to_float(sum));
   }

@@ -153,15 +153,19 @@ def torch_update(parameters: list[nn.Parameter]) -> Callable[[], None]:
     return update
 
 
-def make_step(case: Case, contender: str) -> tuple[nn.Module, Callable[[], float]]:
-    """A model of the case, and what takes one step of its training and returns the loss."""
+def make_step(
+    case: Case, contender: str, is_compared: bool = True
+) -> tuple[nn.Module, Callable[[], float]]:
+    """A model of the case, and what takes one step of its training and returns the loss.
+
+    Models that are compared have the same weights, for which PyTorch's takes longer to make than one that is not.
+    """
     torch.manual_seed(0)
     config = case.config()
-    model: nn.Module = GPT(config)
-    if contender != OURS:
-        plain = PlainGPT(config)
-        plain.load_state_dict(model.state_dict())
-        model = plain
+    model: nn.Module = GPT(config) if contender == OURS else PlainGPT(config)
+    if contender != OURS and is_compared:
+        torch.manual_seed(0)
+        model.load_state_dict(GPT(config).state_dict())
     run = torch.compile(model) if contender == "torch.compile" else model
     parameters = list(model.parameters())
     update = our_update(parameters) if contender == OURS else torch_update(parameters)
@@ -198,7 +202,7 @@ def step_memory(case: Case, contender: str, threads: int) -> int:
 
 
 def print_time_of_step_10(case: Case, contender: str) -> None:
-    _, step = make_step(case, contender)
+    _, step = make_step(case, contender, is_compared=False)
     for _ in range(10):
         step()
     print(time.time(), flush=True)

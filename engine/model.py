@@ -61,15 +61,26 @@ class HeadNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """A table, without values until `GPT.initialize` or a checkpoint gives them."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: torch's own values would be drawn over."""
+
+
 class Linear(nn.Linear):
     """`x w^T + bias`.
 
     A `delta` that hangs on it is called with x and this product, and returns what takes the product's place.
+    Weights have no values until `GPT.initialize` or a checkpoint gives them.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.delta: nn.Module | None = None
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: torch's own values would be drawn over."""
 
     @property
     def is_plain(self) -> bool:
@@ -142,9 +153,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         is_learned = config.position == "learned"
-        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if is_learned else None
+        self.wpe = Embedding(config.max_seq_len, config.n_embd) if is_learned else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm_f = Norm(config)
         self.head = (

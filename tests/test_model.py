@@ -1,0 +1,35 @@
+"""What a new model holds: each weight from the distribution that it starts with."""
+
+import math
+
+import pytest
+import torch
+
+from leangpt import GPT, GPTConfig
+
+
+@pytest.fixture
+def _fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.parametrize("is_modern", [False, True])
+def test_initial_weights(is_modern):
+    options = {"n_layer": 3, "n_embd": 96, "n_head": 4, "vocab_size": 300, "max_seq_len": 64}
+    if is_modern:
+        options |= {"norm": "rms_norm", "position": "rotary", "activation": "swiglu"}
+        options |= {"qk_norm": True, "tie_embeddings": False}
+    assert torch.empty(8).isnan().all()  # nothing below is by chance
+    for name, weight in GPT(GPTConfig(**options)).named_parameters():
+        if weight.dim() == 2:
+            is_residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
+            std = 0.02 / math.sqrt(2 * 3) if is_residual else 0.02
+            # of n normal numbers, a standard deviation is off by 1 / sqrt(2 n) of it
+            tolerance = 5 * std / math.sqrt(2 * weight.numel())
+            assert abs(weight.std() - std) < tolerance, name
+            assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel()), name
+        else:
+            assert (weight == (0 if name.endswith("bias") else 1)).all(), name

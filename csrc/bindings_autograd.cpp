@@ -211,16 +211,17 @@ struct Attention : Function<Attention> {
 struct Normalize : Function<Normalize> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const optional<Tensor>& residual, const Tensor& weight,
-                               const optional<Tensor>& bias, double eps, bool is_rms) {
+                               const optional<Tensor>& bias, double eps, bool is_rms,
+                               at::ScalarType y_dtype) {
     static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&, double,
-        bool)>("leangpt::normalize");
+        bool, at::ScalarType)>("leangpt::normalize");
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["dtype"] = x.scalar_type();
     ctx->saved_data["is_rms"] = is_rms;
     const BelowAutograd below;
-    const auto [y, total, mean, rstd] = op.call(x, residual, weight, bias, eps, is_rms);
+    const auto [y, total, mean, rstd] = op.call(x, residual, weight, bias, eps, is_rms, y_dtype);
     ctx->save_for_backward({residual ? total : x, mean, rstd, weight});
     ctx->mark_non_differentiable(residual ? variable_list{mean, rstd}
                                           : variable_list{mean, rstd, total});
@@ -242,6 +243,7 @@ struct Normalize : Function<Normalize> {
               Tensor(),
               Tensor(),
               Tensor(),
+              Tensor(),
               Tensor()};
     }
     const variable_list saved = ctx->get_saved_variables();
@@ -253,6 +255,7 @@ struct Normalize : Function<Normalize> {
             if_wanted(dtotal, has_residual),
             dweight,
             if_wanted(dbias, data["has_bias"].toBool()),
+            Tensor(),
             Tensor(),
             Tensor()};
   }

@@ -278,17 +278,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
                                                      const optional<Tensor>& residual,
                                                      const Tensor& weight,
                                                      const optional<Tensor>& bias, double eps,
-                                                     bool is_rms) {
+                                                     bool is_rms, at::ScalarType y_dtype) {
   const Tensor rows = x.contiguous(), stream = residual ? residual->contiguous() : rows;
   const Tensor w = as_floats(weight), b = as_floats(bias);
-  const auto dtype = at::promote_types(x.scalar_type(), stream.scalar_type());
-  TORCH_CHECK(dtype == stream.scalar_type(), "leangpt: residual must be as wide as x");
+  TORCH_CHECK(at::promote_types(x.scalar_type(), stream.scalar_type()) == stream.scalar_type(),
+              "leangpt: residual must be as wide as x");
   const int64_t num_rows = x.numel() / x.size(-1);
-  Tensor y = empty_of(x.sizes(), x, dtype), total = residual ? empty_of(y) : nothing(x);
+  Tensor y = empty_of(x.sizes(), x, y_dtype), total = residual ? empty_of(stream) : nothing(x);
   Tensor mean = empty_of({num_rows}, x, at::kFloat), rstd = empty_of(mean);
   Norm norm = {};
   norm.dtype = dtype_of(rows);
-  norm.total_dtype = dtype_of(y);
+  norm.total_dtype = dtype_of(stream);
+  norm.y_dtype = dtype_of(y);
   norm.num_columns = x.size(-1);
   norm.is_rms = is_rms;
   norm.eps = static_cast<float>(eps);
@@ -316,6 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize_backward(
   Norm norm = {};
   norm.dtype = dtype_of(x_dtype);
   norm.total_dtype = dtype_of(rows);
+  norm.y_dtype = dtype_of(dy);
   norm.num_columns = rows.size(-1);
   norm.is_rms = is_rms;
   norm.total = const_cast<void*>(rows.const_data_ptr());
@@ -613,7 +615,8 @@ TORCH_LIBRARY_FRAGMENT(leangpt, m) {
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "int window, float scale) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "normalize(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms) "
+      "normalize(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms, "
+      "ScalarType y_dtype) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "normalize_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "

@@ -36,6 +36,8 @@ QWEN3_8B = GPTConfig(
 )
 
 
+AUTOCAST = " autocast"  # what is called within it
+
 # step, lr, betas, eps, weight_decay, grad_scale
 _ADAMW = (1, 1e-3, (0.9, 0.95), 1e-8, 0.1, None)
 
@@ -58,7 +60,10 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     dropouts = {0.0: "", config.dropout: " dropout"} if config.dropout else {0.0: ""}
 
     def case(op: str, *arguments: Any, note: str = "", flops: Sequence[float] = (0, 0)) -> Case:
-        return Case(model, op + note, getattr(triton_ops, op), arguments, *flops)
+        function = getattr(triton_ops, op)
+        if note == AUTOCAST:
+            function = torch.autocast("cpu", torch.bfloat16)(function)
+        return Case(model, op + note, function, arguments, *flops)
 
     def heads(n: int) -> Empty:
         """Part of packed qkv."""
@@ -83,11 +88,12 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     yield case(norm, x, *parameters, config.norm_eps)
     for dropout_p, note in dropouts.items():
         yield case(f"add_{norm}", x, x, *parameters, config.norm_eps, dropout_p, note=note)
-    # as within autocast: a bfloat16 branch beside parameters and a residual stream in float32
+    # a bfloat16 branch beside parameters and a residual stream in float32
     stream = Empty(x.shape, torch.float32)
     wide_parameters = [p and Empty(p.shape, torch.float32) for p in parameters]
+    yield case(norm, stream, *wide_parameters, config.norm_eps, note=AUTOCAST)
     arguments = (x, stream, *wide_parameters, config.norm_eps, config.dropout)
-    yield case(f"add_{norm}", *arguments, note=" autocast")
+    yield case(f"add_{norm}", *arguments, note=AUTOCAST)
     if config.qk_norm:
         yield case("rms_norm", heads(H), Empty((D,)), config.norm_eps, note=" of heads")
 
@@ -121,7 +127,7 @@ def _cases(model: str, config: GPTConfig, batch: int) -> Iterator[Case]:
     for dropout_p, note in dropouts.items():
         yield case("mlp", x, *weights, config.activation, x, dropout_p, note=note, flops=flops)
     residual = config.activation, stream, config.dropout
-    yield case("mlp", x, *weights, *residual, note=" autocast", flops=flops)
+    yield case("mlp", x, *weights, *residual, note=AUTOCAST, flops=flops)
 
     # as where an adapter hangs on the matrices of the MLP
     yield case("activate", Empty((B, T, fused_F)), config.activation)

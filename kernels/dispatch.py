@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import native, native_ops, reference
-from .native_ops import compute_dtype
+from .autocast import compute_dtype
 
 Backend = Literal["native", "triton", "reference"]  # in the order in which they are preferred
 

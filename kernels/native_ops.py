@@ -1,8 +1,7 @@
 """The native backend: the ops of the compiled extension as ops.py calls them, and their fake implementations.
 
-They compute in float32, or in bfloat16 with float32 sums, on a CPU. Within `torch.autocast` they do what torch's own do:
-products run in its dtype, norms and the residual stream keep theirs. Weights are rounded to that dtype while they are packed,
-and their gradients are float32 sums that no bfloat16 stands between. Where an op has no kernel for its options, or the
+They compute in float32, or in bfloat16 with float32 sums, on a CPU. Weights are rounded to the dtype of autocast while they are
+packed, and their gradients are float32 sums that no bfloat16 stands between. Where an op has no kernel for its options, or the
 reference is faster, the reference runs. Gradients have no gradients of their own.
 """
 
@@ -13,17 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
+from .autocast import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16)
 # with fewer rows, a product waits for its weights: packing them would take longer than PyTorch's product
 MIN_ROWS = 32
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which products of this tensor are formed."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def embedding(
@@ -92,7 +85,7 @@ def attention(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return torch.ops.leangpt.normalize(x, None, weight, bias, eps, False)[0]
+    return torch.ops.leangpt.normalize(x, None, weight, bias, eps, False, compute_dtype(x))[0]
 
 
 def add_layer_norm(
@@ -107,7 +100,7 @@ def add_layer_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.ops.leangpt.normalize(x, None, weight, None, eps, True)[0]
+    return torch.ops.leangpt.normalize(x, None, weight, None, eps, True, compute_dtype(x))[0]
 
 
 def add_rms_norm(
@@ -127,7 +120,8 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     x = F.dropout(x, dropout_p)
     residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
-    return torch.ops.leangpt.normalize(x, residual, weight, bias, eps, is_rms)[:2]
+    y_dtype = compute_dtype(x, residual)
+    return torch.ops.leangpt.normalize(x, residual, weight, bias, eps, is_rms, y_dtype)[:2]
 
 
 def linear_cross_entropy(
@@ -270,11 +264,10 @@ def _register_fakes() -> None:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     @register_fake("leangpt::normalize")
-    def _(x, residual, weight, bias, eps, is_rms):
-        dtype = x.dtype if residual is None else residual.dtype
+    def _(x, residual, weight, bias, eps, is_rms, y_dtype):
         total = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
         statistics = [x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2)]
-        return x.new_empty(x.shape, dtype=dtype), total, *statistics
+        return x.new_empty(x.shape, dtype=y_dtype), total, *statistics
 
     @register_fake("leangpt::normalize_backward")
     def _(grad, grad_total, total, mean, rstd, weight, x_dtype, is_rms):

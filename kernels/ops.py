@@ -2,9 +2,9 @@
 
 Shapes: B batch, T query length, S key length, H heads, D head_dim, C n_embd, F n_inner, V vocab. Floating-point tensors
 are float32, bfloat16, float16 or float64, all arguments of a call of one dtype and device, of any strides. Within
-`torch.autocast`, what is added to a residual may be narrower than it: sums have the wider dtype. Every op is
-differentiable in its floating-point tensors, but for `adamw_step`,
-`muon_step`, `grad_norm`, `sample` and `penalize`.
+`torch.autocast` products run in its dtype, norms write it, and what is added to a residual may be narrower than it: sums have
+the wider dtype. Every op is differentiable in its floating-point tensors, but for `adamw_step`, `muon_step`, `grad_norm`,
+`sample` and `penalize`.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         eps: added to the variance.
 
     Returns:
-        `(..., C)`, dtype of `x`.
+        `(..., C)`, dtype of `x` or of autocast.
 
     Raises:
         ValueError: `weight` or `bias` is not `(C,)`.
@@ -106,7 +106,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        `(..., C)`, dtype of `x`.
+        `(..., C)`, dtype of `x` or of autocast.
 
     Raises:
         ValueError: `weight` is not `(C,)`.

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import compute_dtype
+
 
 def embedding(
     tokens: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
@@ -23,7 +25,7 @@ def embedding(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(compute_dtype(x))
 
 
 def add_layer_norm(
@@ -41,7 +43,7 @@ def add_layer_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd * weight).to(x.dtype)
+    return (wide * rstd * weight).to(compute_dtype(x))
 
 
 def add_rms_norm(

@@ -15,7 +15,7 @@ Backward has as many programs as run at once; each takes every n-th group of row
 and the parts are summed in a fixed order: results are the same in every run.
 
 Each tensor has its own dtype, so that a bfloat16 branch and its gradient meet a float32 stream without a pass for the cast:
-y and total are as wide as the wider of x and residual, gradients as what they are the gradients of.
+total is as wide as the wider of x and residual, gradients as what they are the gradients of.
 
 RMSNorm differs in two terms, `mean` and `b`, and shares all else, so its kernels are these without a `mean_ptr`; its ops are
 in triton_rms_norm.py.
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from .autocast import compute_dtype
 from .triton_dropout import dropout_seed, kept_by_dropout
 
 
@@ -232,18 +233,20 @@ def norm_forward(
     eps: float,
     dropout_p: float,
     has_mean: bool,
+    y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, total (None without residual), mean (None for RMSNorm) and rstd."""
-    dtype = torch.result_type(x, x if residual is None else residual)
-    y = x.new_empty(x.shape, dtype=dtype)
-    total = None if residual is None else torch.empty_like(y)
+    y = x.new_empty(x.shape, dtype=y_dtype)
+    total = None
+    if residual is not None:
+        total = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if has_mean else None
     if x.numel():
         x = _as_rows(x)
         outer, inner, C = x.shape
         residual = None if residual is None else _as_rows(residual)
-        tile = _tile(C, 16384, y.element_size())
+        tile = _tile(C, 16384, (x if total is None else total).element_size())
         _norm_fwd_kernel[(triton.cdiv(outer * inner, tile["BLOCK_R"]),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, total, mean, rstd, *x.stride()[:2], *(x if residual is None else residual).stride()[:2],
@@ -303,21 +306,23 @@ def _(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, has_bias, dx_dtype):
 
 @torch.library.custom_op("leangpt_triton::layer_norm", mutates_args=())
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, y_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = norm_forward(x, None, weight, bias, None, eps, 0.0, has_mean=True)
+    y, _, mean, rstd = norm_forward(
+        x, None, weight, bias, None, eps, 0.0, has_mean=True, y_dtype=y_dtype
+    )
     assert mean is not None
     return y, mean, rstd
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps):
+def _(x, weight, bias, eps, y_dtype):
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape, dtype=y_dtype), mean, torch.empty_like(mean)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, _ = inputs
     ctx.save_for_backward(x, weight, *output[1:])
     ctx.has_bias = bias is not None
     ctx.set_materialize_grads(False)
@@ -325,12 +330,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return None, None, None, None
+        return (None,) * 5
     x, weight, mean, rstd = ctx.saved_tensors
     (dx,), (dweight, *dbias) = norm_backward(
         dy, None, x, weight, mean, rstd, None, 0.0, ctx.has_bias, x.dtype
     )
-    return dx, dweight, dbias[0] if dbias else None, None
+    return dx, dweight, dbias[0] if dbias else None, None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_save_for_backward)
@@ -345,23 +350,24 @@ def _add_layer_norm(
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
+    y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, total, mean, rstd = norm_forward(
-        x, residual, weight, bias, seed, eps, dropout_p, has_mean=True
+        x, residual, weight, bias, seed, eps, dropout_p, has_mean=True, y_dtype=y_dtype
     )
     assert total is not None and mean is not None
     return y, total, mean, rstd
 
 
 @_add_layer_norm.register_fake
-def _(x, residual, weight, bias, seed, eps, dropout_p):
-    y = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
+def _(x, residual, weight, bias, seed, eps, dropout_p, y_dtype):
+    total = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return y, torch.empty_like(y), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape, dtype=y_dtype), total, mean, torch.empty_like(mean)
 
 
 def _save_for_add_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, weight, bias, seed, _, ctx.dropout_p = inputs
+    x, _, weight, bias, seed, _, ctx.dropout_p, _ = inputs
     ctx.save_for_backward(weight, seed, *output[1:])
     ctx.has_bias = bias is not None
     ctx.dx_dtype = x.dtype
@@ -378,14 +384,14 @@ def _add_backward(
         dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.has_bias, ctx.dx_dtype
     )
     dx, dresidual = gradients[-1], gradients[0]
-    return dx, dresidual, dweight, dbias[0] if dbias else None, None, None, None
+    return dx, dresidual, dweight, dbias[0] if dbias else None, None, None, None, None
 
 
 _add_layer_norm.register_autograd(_add_backward, setup_context=_save_for_add_backward)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _layer_norm(x, weight, bias, eps)[0]
+    return _layer_norm(x, weight, bias, eps, compute_dtype(x))[0]
 
 
 def add_layer_norm(
@@ -397,5 +403,6 @@ def add_layer_norm(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     seed = dropout_seed(x, dropout_p)
-    y, total, _, _ = _add_layer_norm(x, residual, weight, bias, seed, eps, dropout_p)
+    y_dtype = compute_dtype(x, residual)
+    y, total, _, _ = _add_layer_norm(x, residual, weight, bias, seed, eps, dropout_p, y_dtype)
     return y, total

@@ -3,8 +3,7 @@
 Every op is a `torch.library.custom_op` with a fake implementation and autograd, so that torch.compile, export and
 FakeTensor see one node; what it computes is written in ops.py.
 
-Within `torch.autocast` the ops do what torch's own do: products run in its dtype. Norms and the residual stream keep theirs:
-float32 where the parameters are.
+Within `torch.autocast` the residual stream keeps its dtype: float32 where the parameters are.
 """
 
 import functools
@@ -24,6 +23,7 @@ from . import (
     triton_linear_cross_entropy,
     triton_mlp,
 )
+from .autocast import compute_dtype
 from .triton_activate import activate
 from .triton_adamw import adamw_step
 from .triton_embedding import embedding
@@ -46,8 +46,7 @@ def _product(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(x: Tensor, *arguments: Any) -> Any:
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            return function(*_cast((x, *arguments), dtype))
+            return function(*_cast((x, *arguments), compute_dtype(x)))
         return function(x, *arguments)
 
     return run

@@ -239,6 +239,22 @@ class TestNorms:
         check_op(ops.add_layer_norm, [x, residual, weight, bias], "native")
         check_op(ops.add_rms_norm, [x, residual, weight], "native")
 
+    @pytest.mark.parametrize("branch", DTYPES, ids=str)
+    def test_autocast(self, branch):
+        """What products read has its dtype, the sum that of the stream."""
+        x, residual = randn(70, 129, dtype=branch), randn(70, 129)
+        weight, bias = randn(129), randn(129)
+        with torch.autocast("cpu", torch.bfloat16):
+            check_op(ops.layer_norm, [residual, weight, bias], "native")
+            check_op(ops.rms_norm, [residual, weight], "native")
+            check_op(ops.add_layer_norm, [x, residual, weight, bias], "native")
+            check_op(ops.add_rms_norm, [x, residual, weight], "native")
+            for backend in ("native", "reference"):
+                with use_backend(backend):
+                    y, total = ops.add_rms_norm(x, residual, weight)
+                    assert y.dtype == ops.layer_norm(residual, weight).dtype == torch.bfloat16
+                    assert total.dtype == torch.float32
+
     def test_offset_rows(self):
         check_op(ops.layer_norm, [randn(40, 300) + 1000, randn(300), randn(300)], "native")
 
@@ -339,7 +355,7 @@ ARGUMENTS = {
     "rotary_qkv": lambda x, w, dtype: (
         *(x.view(2, 20, 4, 4).to(dtype), *angles(1, 20, 2), 1, w[0, :4], w[1, :4], 1e-6),
     ),
-    "normalize": lambda x, w, dtype: (x.to(dtype), x, w[0], w[1], 1e-5, False),
+    "normalize": lambda x, w, dtype: (x.to(dtype), x, w[0], w[1], 1e-5, False, dtype),
     "attention": lambda x, w, dtype: (*(x.view(2, 20, 2, 8).to(dtype) for _ in range(3)), 9, 0.3),
     "linear_cross_entropy": lambda x, w, dtype: (
         *(x, w, torch.randint(24, (2, 20)), -100, "mean", 0.1, 0.0, dtype, [True, True]),

@@ -67,7 +67,7 @@ struct Attention {
 // Normalization of rows. With a residual, total = residual + x is written and normalized; without
 // one it is x.
 struct Norm {
-  Dtype dtype, total_dtype;  // of x; of all else
+  Dtype dtype, total_dtype, y_dtype;  // of x; of the sum and the residual; of what is normalized
   int64_t num_columns;
   bool is_rms;
   float eps;

@@ -5,7 +5,7 @@
 //   dy
 // RMS normalization is the same without means of total and g.
 
-template <class X, class Total>
+template <class X, class Total, class Y>
 struct NormRows {
   const Norm& norm;
   const int64_t n = norm.num_columns;
@@ -35,7 +35,7 @@ struct NormRows {
     const float rstd = 1.0f / std::sqrt(mean_of(squares) + norm.eps);
     norm.mean[r] = mean;
     norm.rstd[r] = rstd;
-    Total* y = static_cast<Total*>(norm.y) + r * n;
+    Y* y = static_cast<Y*>(norm.y) + r * n;
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec normed = (total_at(total, i) - broadcast(mean)) * broadcast(rstd);
       const Vec shift = norm.bias ? load_first(norm.bias + i, n - i) : zero();
@@ -46,7 +46,7 @@ struct NormRows {
   // `dweight` and `dbias` have room for whole Vecs.
   void backward(int64_t r, float* dweight, float* dbias) const {
     const Total* total = static_cast<const Total*>(norm.total) + r * n;
-    const Total* dy = static_cast<const Total*>(norm.dy) + r * n;
+    const Y* dy = static_cast<const Y*>(norm.dy) + r * n;
     const Vec mean = broadcast(norm.mean[r]), rstd = broadcast(norm.rstd[r]);
     Vec sum = zero(), sum_normed = zero();
     for (int64_t i = 0; i < n; i += kLanes) {  // behind the row, dy and weight are 0
@@ -75,8 +75,10 @@ struct NormRows {
 template <class F>
 static void with_norm(const Norm& norm, const F& f) {
   with_type(norm.dtype, [&](auto x) {
-    with_type(norm.total_dtype,
-              [&](auto total) { f(NormRows<decltype(x), decltype(total)>{norm}); });
+    with_type(norm.total_dtype, [&](auto total) {
+      with_type(norm.y_dtype,
+                [&](auto y) { f(NormRows<decltype(x), decltype(total), decltype(y)>{norm}); });
+    });
   });
 }
 

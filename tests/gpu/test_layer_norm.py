@@ -60,6 +60,18 @@ def test_branch_and_stream_of_two_dtypes(branch, stream, shape, device):
     check_op(lambda *t: ops.add_layer_norm(*t), tensors, "triton")
 
 
+def test_autocast(device):
+    """What products read has its dtype, the sum that of the stream."""
+    x, residual, weight, bias = make_inputs(5, 7, 64, dtype=torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        check_op(ops.layer_norm, [x, weight, bias], "triton")
+        check_op(ops.add_layer_norm, [x.bfloat16(), residual, weight, bias], "triton")
+        with use_backend("triton"):
+            y, total = ops.add_layer_norm(x.bfloat16(), residual, weight)
+            assert y.dtype == ops.layer_norm(x, weight).dtype == torch.bfloat16
+    assert total.dtype == torch.float32
+
+
 @pytest.mark.parametrize("C", [768, 8192, 16400])
 def test_configurations(C, device):
     """Two rows in a tile, one row in the largest tile, and rows longer than a tile, more than fit into a program's tile."""
@@ -165,8 +177,8 @@ def test_empty(device):
 def test_opcheck(device):
     x, residual, weight, bias = (t.requires_grad_() for t in make_inputs(3, 5, 64, device=device))
     seed = torch.tensor([5], device=device)
-    torch.library.opcheck(triton_layer_norm._layer_norm, (x, weight, bias, 1e-5))
-    for arguments in ((bias, None, 1e-5, 0.0), (bias, seed, 1e-5, 0.5)):
+    torch.library.opcheck(triton_layer_norm._layer_norm, (x, weight, bias, 1e-5, torch.bfloat16))
+    for arguments in ((bias, None, 1e-5, 0.0, x.dtype), (bias, seed, 1e-5, 0.5, torch.bfloat16)):
         torch.library.opcheck(triton_layer_norm._add_layer_norm, (x, residual, weight, *arguments))
     mean = torch.randn(3, 5, device=device)
     arguments = (x.detach(), None, x.detach(), weight.detach(), mean, mean.exp())

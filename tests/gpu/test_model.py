@@ -120,7 +120,7 @@ def test_autocast(name, backend, device):
             torch.autocast(device, torch.bfloat16),
         ):
             loss = model(tokens, targets)
-            assert loss.dtype == torch.float32 and model.hidden(tokens).dtype == torch.float32
+            assert loss.dtype == torch.float32 and model.hidden(tokens).dtype == torch.bfloat16
         loss.backward()
         grads[label] = {n: p.grad.double() for n, p in model.named_parameters()}
     for parameter, tensor in truth.named_parameters():

@@ -50,6 +50,18 @@ def test_branch_and_stream_of_two_dtypes(device):
     check_op(lambda *t: ops.rms_norm(*t), [x.bfloat16(), weight], "triton")
 
 
+def test_autocast(device):
+    """What products read has its dtype, the sum that of the stream."""
+    x, residual, weight = make_inputs(5, 7, 64, dtype=torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        check_op(ops.rms_norm, [x, weight], "triton")
+        check_op(ops.add_rms_norm, [x.bfloat16(), residual, weight], "triton")
+        with use_backend("triton"):
+            y, total = ops.add_rms_norm(x.bfloat16(), residual, weight)
+            assert y.dtype == ops.rms_norm(x, weight).dtype == torch.bfloat16
+    assert total.dtype == torch.float32
+
+
 def test_rows_longer_than_a_tile(device):
     x, residual, weight = make_inputs(5, 16400, device=device)
     check_op(lambda *t: ops.add_rms_norm(*t), [x, residual, weight], "triton")
@@ -97,9 +109,9 @@ def test_empty(device):
 
 def test_opcheck(device):
     x, residual, weight = (t.requires_grad_() for t in make_inputs(3, 5, 64, device=device))
-    torch.library.opcheck(triton_rms_norm._rms_norm, (x, weight, 1e-5))
+    torch.library.opcheck(triton_rms_norm._rms_norm, (x, weight, 1e-5, torch.bfloat16))
     seed = torch.tensor([5], device=device)
-    for arguments in ((None, 1e-5, 0.0), (seed, 1e-5, 0.5)):
+    for arguments in ((None, 1e-5, 0.0, x.dtype), (seed, 1e-5, 0.5, torch.bfloat16)):
         torch.library.opcheck(triton_rms_norm._add_rms_norm, (x, residual, weight, *arguments))
     arguments = (x.detach(), None, x.detach(), weight.detach(), None, x.detach()[..., 0].float())
     torch.library.opcheck(triton_layer_norm.norm_backward, (*arguments, None, 0.0, False, x.dtype))

@@ -293,18 +293,19 @@ void run_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t head_dim,
   }
 }
 
-void run_norms(Dtype dtype, Dtype total_dtype, bool is_rms) {
+void run_norms(Dtype dtype, Dtype total_dtype, Dtype y_dtype, bool is_rms) {
   const int64_t rows = 67, n = 45;
   Memory x(dtype, randn(rows * n)), residual(total_dtype, randn(rows * n));
-  Memory dy(total_dtype, randn(rows * n)), dstream(total_dtype, randn(rows * n));
+  Memory dy(y_dtype, randn(rows * n)), dstream(total_dtype, randn(rows * n));
   const Floats weight = randn(n), bias = randn(n);
   check([&] {
-    Memory y(total_dtype, rows * n), total(total_dtype, rows * n);
+    Memory y(y_dtype, rows * n), total(total_dtype, rows * n);
     Memory dtotal(total_dtype, rows * n), dx(dtype, rows * n);
     Floats mean(rows, NAN), rstd(rows, NAN), dweight(n, NAN), dbias(n, NAN);
     Norm norm = {};
     norm.dtype = dtype;
     norm.total_dtype = total_dtype;
+    norm.y_dtype = y_dtype;
     norm.num_columns = n;
     norm.is_rms = is_rms;
     norm.eps = 1e-5f;
@@ -504,8 +505,9 @@ int main() {
     run_attention(dtype, 33, 33, 8, 33);
     run_attention(dtype, 50, 77, 20, 9);
     for (const bool is_rms : {false, true}) {
-      run_norms(dtype, dtype, is_rms);
-      run_norms(dtype, Dtype::kFp32, is_rms);
+      run_norms(dtype, dtype, dtype, is_rms);
+      run_norms(dtype, Dtype::kFp32, dtype, is_rms);
+      run_norms(dtype, Dtype::kFp32, Dtype::kFp32, is_rms);
     }
     for (const int64_t head_dim : {2, 24, 64}) {
       for (const bool has_weights : {false, true}) run_rotary(dtype, head_dim, has_weights);

@@ -2,7 +2,6 @@
 // stands in kernels/ops.py; bindings_autograd.cpp has their gradients, kernels/native_ops.py their
 // fake implementations.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,12 +21,6 @@
 #include "train/parallel.h"
 
 namespace leangpt::train {
-
-int num_threads() { return at::get_num_threads(); }
-
-void parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  at::parallel_for(0, n, 1, f);
-}
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Threads of the caller's pool: bindings.cpp has them of torch.
+// Threads of the caller's pool: bindings_parallel.cpp has them of torch.
 #pragma once
 
 #include <cstdint>

@@ -167,8 +167,7 @@ def native_extensions(cuda: Cuda | None) -> list[Extension]:
         CppExtension(
             "leangpt.kernels._C",
             [
-                "csrc/bindings.cpp",
-                *(f"csrc/bindings_{part}.cpp" for part in ("train", "autograd", "parallel")),
+                *("csrc/bindings.cpp", "csrc/bindings_train.cpp", "csrc/bindings_autograd.cpp"),
                 "csrc/cpu/isa.cpp",
                 *sorted(glob("csrc/train/*.cpp")),
             ],

@@ -2,6 +2,7 @@
 // stands in kernels/ops.py; bindings_autograd.cpp has their gradients, kernels/native_ops.py their
 // fake implementations.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,6 +22,14 @@
 #include "train/parallel.h"
 
 namespace leangpt::train {
+
+int num_threads() { return at::get_num_threads(); }
+
+void run_threads(int64_t count, const std::function<void(int64_t)>& f) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) f(t);
+  });
+}
 
 namespace {
 

@@ -31,17 +31,16 @@ thread_local bool is_in_parallel = false;
 
 int num_threads() { return threads; }
 
-void parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  if (is_in_parallel || threads == 1 || n < 2) {
-    if (n > 0) f(0, n);
+void run_threads(int64_t count, const std::function<void(int64_t)>& f) {
+  if (is_in_parallel) {
+    for (int64_t t = 0; t < count; ++t) f(t);
     return;
   }
   std::vector<std::thread> team;
-  for (int64_t t = 0; t < threads; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     team.emplace_back([&, t] {
       is_in_parallel = true;
-      const int64_t begin = n * t / threads, end = n * (t + 1) / threads;
-      if (begin < end) f(begin, end);
+      f(t);
     });
   }
   for (std::thread& thread : team) thread.join();
@@ -455,6 +454,27 @@ void run_optimizers() {
   });
 }
 
+// Each item is covered once, also where a call stands within another.
+void run_shares() {
+  for (threads = 1; threads <= 4; ++threads) {
+    for (const int64_t n : {0, 1, 2, 3, 5, 16, 37, 100}) {
+      std::vector<int> counts(n), inner(n * n);
+      parallel_for(n, [&](int64_t begin, int64_t end) {
+        CHECK(begin < end);
+        for (int64_t i = begin; i < end; ++i) {
+          ++counts[i];
+          parallel_for(n, [&](int64_t first, int64_t last) {
+            for (int64_t j = first; j < last; ++j) ++inner[i * n + j];
+          });
+        }
+      });
+      for (const int count : counts) CHECK(count == 1);
+      for (const int count : inner) CHECK(count == 1);
+    }
+  }
+  threads = 1;
+}
+
 void run_heap() {
   constexpr size_t kSize = (size_t{1} << 20) + 1;  // whole pages are taken
   Heap heap;
@@ -518,5 +538,6 @@ int main() {
   run_cross_entropy();
   run_optimizers();
   run_heap();
+  run_shares();
   std::printf("ok: %s\n", cpu::isa_name(cpu::active_isa()));
 }

@@ -1,6 +1,7 @@
 // Gradients of the ops of training: what each keeps, and with which op of bindings_train.cpp it
 // goes back. In C++: in Python they took a sixth of a small model's step (benchmarks/README.md).
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -110,102 +111,34 @@ struct RotaryQkv : Function<RotaryQkv> {
   }
 };
 
-struct Linear : Function<Linear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const optional<Tensor>& bias, at::ScalarType compute) {
-    static const auto op =
-        find<Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, at::ScalarType)>(
-            "leangpt::linear");
-    ctx->save_for_backward({x, weight});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["compute"] = compute;
-    const BelowAutograd below;
-    return op.call(x, weight, bias, compute);
-  }
+// The op of norms, without recording gradients: y, total, mean, rstd.
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
+                                                     const optional<Tensor>& residual,
+                                                     const Tensor& weight,
+                                                     const optional<Tensor>& bias, double eps,
+                                                     bool is_rms, at::ScalarType y_dtype) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&, double, bool,
+      at::ScalarType)>("leangpt::normalize");
+  const BelowAutograd below;
+  return op.call(x, residual, weight, bias, eps, is_rms, y_dtype);
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, at::ScalarType, std::array<bool, 3>)>(
-        "leangpt::linear_backward");
-    const variable_list saved = ctx->get_saved_variables();
-    const auto wanted = wanted_of<3>(ctx, {true, true, ctx->saved_data["has_bias"].toBool()});
-    const auto [dx, dweight, dbias] =
-        op.call(grads[0], saved[0], saved[1], ctx->saved_data["compute"].toScalarType(), wanted);
-    return {if_wanted(dx, wanted[0]), if_wanted(dweight, wanted[1]), if_wanted(dbias, wanted[2]),
-            Tensor()};
-  }
-};
+// What the y of a norm is computed from. The graph that has made x holds this: were x held here, it
+// would hold itself.
+struct NormRecipe : torch::CustomClassHolder {
+  NormRecipe(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, double eps,
+             bool is_rms)
+      : x(x.getIntrusivePtr()),
+        weight(weight),
+        bias(bias.value_or(Tensor())),
+        eps(eps),
+        is_rms(is_rms) {}
 
-struct Mlp : Function<Mlp> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w_in,
-                               const optional<Tensor>& b_in, const Tensor& w_out,
-                               const optional<Tensor>& b_out, const optional<Tensor>& residual,
-                               c10::string_view activation, at::ScalarType compute) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const optional<Tensor>&, const Tensor&,
-        const optional<Tensor>&, const optional<Tensor>&, c10::string_view, at::ScalarType)>(
-        "leangpt::mlp");
-    ctx->saved_data["has_b_in"] = b_in.has_value();
-    ctx->saved_data["has_b_out"] = b_out.has_value();
-    ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["compute"] = compute;
-    const BelowAutograd below;
-    const auto [out, h] = op.call(x, w_in, b_in, w_out, b_out, residual, activation, compute);
-    ctx->save_for_backward({x, h, w_in, w_out});
-    ctx->mark_non_differentiable({h});
-    ctx->set_materialize_grads(false);
-    return {out, h};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::string_view,
-        at::ScalarType, std::array<bool, 5>)>("leangpt::mlp_backward");
-    const variable_list saved = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    const auto wanted =
-        wanted_of<6>(ctx, {true, true, data["has_b_in"].toBool(), true, data["has_b_out"].toBool(),
-                           data["has_residual"].toBool()});
-    const auto [dx, dw_in, db_in, dw_out, db_out] = op.call(
-        grads[0], saved[0], saved[1], saved[2], saved[3], data["activation"].toStringView(),
-        data["compute"].toScalarType(), {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]});
-    return {if_wanted(dx, wanted[0]),
-            if_wanted(dw_in, wanted[1]),
-            if_wanted(db_in, wanted[2]),
-            if_wanted(dw_out, wanted[3]),
-            if_wanted(db_out, wanted[4]),
-            if_wanted(grads[0], wanted[5]),
-            Tensor(),
-            Tensor()};
-  }
-};
-
-struct Attention : Function<Attention> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
-                               const Tensor& v, int64_t window, double scale) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, int64_t, double)>("leangpt::attention");
-    ctx->saved_data["window"] = window;
-    ctx->saved_data["scale"] = scale;
-    const BelowAutograd below;
-    const auto [out, lse] = op.call(q, k, v, window, scale);
-    ctx->save_for_backward({q, k, v, out, lse});
-    ctx->mark_non_differentiable({lse});
-    ctx->set_materialize_grads(false);
-    return {out, lse};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-        int64_t, double)>("leangpt::attention_backward");
-    const variable_list saved = ctx->get_saved_variables();
-    const auto [dq, dk, dv] =
-        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
-    return {dq, dk, dv, Tensor(), Tensor()};
-  }
+  const c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> x;
+  const Tensor weight, bias;
+  const double eps;
+  const bool is_rms;
 };
 
 struct Normalize : Function<Normalize> {
@@ -213,16 +146,15 @@ struct Normalize : Function<Normalize> {
                                const optional<Tensor>& residual, const Tensor& weight,
                                const optional<Tensor>& bias, double eps, bool is_rms,
                                at::ScalarType y_dtype) {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&, double,
-        bool, at::ScalarType)>("leangpt::normalize");
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["dtype"] = x.scalar_type();
     ctx->saved_data["is_rms"] = is_rms;
-    const BelowAutograd below;
-    const auto [y, total, mean, rstd] = op.call(x, residual, weight, bias, eps, is_rms, y_dtype);
-    ctx->save_for_backward({residual ? total : x, mean, rstd, weight});
+    const auto [y, total, mean, rstd] = normalize(x, residual, weight, bias, eps, is_rms, y_dtype);
+    const Tensor& normed = residual ? total : x;
+    ctx->save_for_backward({normed, mean, rstd, weight});
+    ctx->saved_data["recipe"] = c10::IValue::make_capsule(
+        c10::make_intrusive<NormRecipe>(normed, weight, bias, eps, is_rms));
     ctx->mark_non_differentiable(residual ? variable_list{mean, rstd}
                                           : variable_list{mean, rstd, total});
     ctx->set_materialize_grads(false);
@@ -258,6 +190,140 @@ struct Normalize : Function<Normalize> {
             Tensor(),
             Tensor(),
             Tensor()};
+  }
+};
+
+// What a product keeps of its input x, for the gradient of its weight. A large float32 x that is
+// the y of a norm is computed again from the norm's own input, which is kept anyway: all of them
+// are a seventh of a step's memory and 0.012 of its time. In bf16 they are half as large, and take
+// 0.016 (benchmarks/README.md). Hooks, a checkpoint's say, are given x itself.
+variable_list keep_input(AutogradContext* ctx, const Tensor& x, const Tensor& weight) {
+  constexpr size_t kLarge = size_t{1} << 20;
+  const auto* node = dynamic_cast<torch::autograd::CppNode<Normalize>*>(x.grad_fn().get());
+  if (node && weight.requires_grad() && x.scalar_type() == at::kFloat &&
+      !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && x.nbytes() >= kLarge &&
+      !at::SavedTensorDefaultHooks::get_hooks()) {
+    const c10::IValue& recipe = node->ctx_.saved_data.at("recipe");
+    const auto norm = c10::static_intrusive_pointer_cast<NormRecipe>(recipe.toCapsule());
+    const Tensor normed(norm->x.lock());
+    if (normed.defined()) {
+      ctx->saved_data["recipe"] = recipe;
+      return {normed, norm->weight, norm->bias};
+    }
+  }
+  return {x, Tensor(), Tensor()};
+}
+
+// x, of the first three that were saved.
+Tensor kept_input(AutogradContext* ctx, const variable_list& saved) {
+  const auto recipe = ctx->saved_data.find("recipe");
+  if (recipe == ctx->saved_data.end()) return saved[0];
+  const auto norm = c10::static_intrusive_pointer_cast<NormRecipe>(recipe->second.toCapsule());
+  const optional<Tensor> bias = saved[2].defined() ? optional<Tensor>(saved[2]) : std::nullopt;
+  return std::get<0>(
+      normalize(saved[0], std::nullopt, saved[1], bias, norm->eps, norm->is_rms, at::kFloat));
+}
+
+struct Linear : Function<Linear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const optional<Tensor>& bias, at::ScalarType compute) {
+    static const auto op =
+        find<Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, at::ScalarType)>(
+            "leangpt::linear");
+    variable_list kept = keep_input(ctx, x, weight);
+    kept.push_back(weight);
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["compute"] = compute;
+    const BelowAutograd below;
+    return op.call(x, weight, bias, compute);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, at::ScalarType, std::array<bool, 3>)>(
+        "leangpt::linear_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto wanted = wanted_of<3>(ctx, {true, true, ctx->saved_data["has_bias"].toBool()});
+    const auto [dx, dweight, dbias] = op.call(grads[0], kept_input(ctx, saved), saved[3],
+                                              ctx->saved_data["compute"].toScalarType(), wanted);
+    return {if_wanted(dx, wanted[0]), if_wanted(dweight, wanted[1]), if_wanted(dbias, wanted[2]),
+            Tensor()};
+  }
+};
+
+struct Mlp : Function<Mlp> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w_in,
+                               const optional<Tensor>& b_in, const Tensor& w_out,
+                               const optional<Tensor>& b_out, const optional<Tensor>& residual,
+                               c10::string_view activation, at::ScalarType compute) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const optional<Tensor>&, const Tensor&,
+        const optional<Tensor>&, const optional<Tensor>&, c10::string_view, at::ScalarType)>(
+        "leangpt::mlp");
+    ctx->saved_data["has_b_in"] = b_in.has_value();
+    ctx->saved_data["has_b_out"] = b_out.has_value();
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["compute"] = compute;
+    const BelowAutograd below;
+    const auto [out, h] = op.call(x, w_in, b_in, w_out, b_out, residual, activation, compute);
+    variable_list kept = keep_input(ctx, x, w_in);
+    kept.insert(kept.end(), {h, w_in, w_out});
+    ctx->save_for_backward(std::move(kept));
+    ctx->mark_non_differentiable({h});
+    ctx->set_materialize_grads(false);
+    return {out, h};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::string_view,
+        at::ScalarType, std::array<bool, 5>)>("leangpt::mlp_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const auto wanted =
+        wanted_of<6>(ctx, {true, true, data["has_b_in"].toBool(), true, data["has_b_out"].toBool(),
+                           data["has_residual"].toBool()});
+    const auto [dx, dw_in, db_in, dw_out, db_out] =
+        op.call(grads[0], kept_input(ctx, saved), saved[3], saved[4], saved[5],
+                data["activation"].toStringView(), data["compute"].toScalarType(),
+                {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]});
+    return {if_wanted(dx, wanted[0]),
+            if_wanted(dw_in, wanted[1]),
+            if_wanted(db_in, wanted[2]),
+            if_wanted(dw_out, wanted[3]),
+            if_wanted(db_out, wanted[4]),
+            if_wanted(grads[0], wanted[5]),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+struct Attention : Function<Attention> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                               const Tensor& v, int64_t window, double scale) {
+    static const auto op = find<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, int64_t, double)>("leangpt::attention");
+    ctx->saved_data["window"] = window;
+    ctx->saved_data["scale"] = scale;
+    const BelowAutograd below;
+    const auto [out, lse] = op.call(q, k, v, window, scale);
+    ctx->save_for_backward({q, k, v, out, lse});
+    ctx->mark_non_differentiable({lse});
+    ctx->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+        int64_t, double)>("leangpt::attention_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto [dq, dk, dv] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
+    return {dq, dk, dv, Tensor(), Tensor()};
   }
 };
 

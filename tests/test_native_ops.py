@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,101 @@ class TestNorms:
                 assert (native_grad is None) == (grad is None)
                 if grad is not None:
                     torch.testing.assert_close(native_grad, grad)
+
+
+NORMS = {
+    "layer": lambda x, weight, bias: [ops.layer_norm(x, weight, bias)],
+    "add layer": lambda x, weight, bias: ops.add_layer_norm(x, x.detach(), weight, bias),
+    "add rms": lambda x, weight, _: ops.add_rms_norm(x, x.detach(), weight),
+}
+PRODUCTS = {
+    "linear": lambda y, w_in, _: ops.linear(y, w_in),
+    "mlp": lambda y, w_in, w_out: ops.mlp(y, w_in, None, w_out, None, "gelu_tanh"),
+}
+
+
+class TestProductsOfNorms:
+    """For backward they keep no large float32 y of a norm: it is computed again."""
+
+    @staticmethod
+    def leaves():
+        """x, 2 MB of it, weight and bias of the norm, w_in, w_out."""
+        tensors = randn(2048, 256), randn(256), randn(256), randn(64, 256), randn(256, 64)
+        return [t.requires_grad_() for t in tensors]
+
+    @pytest.mark.parametrize("product", PRODUCTS.values(), ids=list(PRODUCTS))
+    @pytest.mark.parametrize("norm", NORMS.values(), ids=list(NORMS))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_same_bits_as_if_it_were_kept(self, norm, product, dtype):
+        leaves = self.leaves()
+
+        def gradients():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y, *_total = norm(*leaves[:3])
+                out = product(y, *leaves[3:])
+            alive = weakref.ref(y)
+            del y
+            is_kept = alive() is not None
+            return is_kept, torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+
+        is_kept, computed = gradients()
+        assert is_kept == (dtype == torch.bfloat16)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            is_kept, expected = gradients()
+        assert is_kept
+        for gradient, other in zip(computed, expected, strict=True):
+            assert gradient is other is None or torch.equal(gradient, other)
+
+    def test_after_the_backward_of_the_norm(self):
+        x, weight, bias, w, _ = self.leaves()
+        y = ops.layer_norm(x, weight, bias)
+        y.sum().backward()
+        [gradient] = torch.autograd.grad(ops.linear(y, w).sum(), w)
+        torch.testing.assert_close(
+            gradient, y.detach().sum(0).expand(64, 256), atol=1e-3, rtol=1e-5
+        )
+
+    def test_a_norm_whose_input_is_gone(self):
+        x, weight, bias, w, _ = self.leaves()
+        y = ops.layer_norm(x * 2, weight, bias)
+        y.sum().backward()  # lets go of x * 2
+        [gradient] = torch.autograd.grad(ops.linear(y, w).sum(), w)
+        torch.testing.assert_close(
+            gradient, y.detach().sum(0).expand(64, 256), atol=1e-3, rtol=1e-5
+        )
+
+    def test_the_gradient_of_a_frozen_weight_or_of_x_alone(self):
+        x, weight, bias, w, _ = self.leaves()
+        gradients = []
+        for is_frozen in (True, False):
+            y = ops.layer_norm(x, weight, bias)
+            gradients += torch.autograd.grad(
+                ops.linear(y, w.requires_grad_(not is_frozen)).sum(), x
+            )
+        assert torch.equal(*gradients)
+
+    def test_a_changed_weight_of_the_norm_is_an_error(self):
+        x, weight, bias, w, _ = self.leaves()
+        out = ops.linear(ops.layer_norm(x, weight, bias), w)
+        with torch.no_grad():
+            bias += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+    def test_compiles_whole(self):
+        leaves = self.leaves()
+
+        def loss(x, weight, bias, w_in, w_out):
+            y = ops.layer_norm(x, weight, bias)
+            return ops.mlp(y, w_in, None, w_out, None, "gelu_tanh").square().sum()
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for gradient, expected in zip(
+            torch.autograd.grad(compiled(*leaves), leaves),
+            torch.autograd.grad(loss(*leaves), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(gradient, expected)
 
 
 class TestLinearCrossEntropy:

@@ -42,6 +42,24 @@ static inline void prefetch_int4_weights(const uint8_t* at) {
   __builtin_prefetch(at + 2048);
 }
 
+// What a tile of integers asks for. Alone with a panel: its own weights.
+struct OwnWeights {
+  inline void int8(const uint8_t* at) const { prefetch_weights(at); }
+  inline void int4(const uint8_t* at) const { prefetch_int4_weights(at); }
+  inline void steps(int64_t) const {}
+};
+// One of some: with each step so many bytes of the next panel, so that memory is never idle.
+struct NextWeights {
+  const uint8_t* next;
+  int64_t bytes;
+  inline void int8(const uint8_t*) const {}
+  inline void int4(const uint8_t*) const {}
+  inline void steps(int64_t count) {
+    const uint8_t* end = next + count * bytes;
+    for (; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 struct Fp32Format {
   using Element = float;
   using Weights = Vec;
@@ -203,9 +221,9 @@ static void float_linear(const Matrix& w, const Activations& a, int64_t first_ro
 
 // int8 with one scale an output: the whole sum is an exact integer. Outputs from the given Vec of
 // the panel on.
-template <int kTokens, int kDigits, int kVecs>
+template <int kTokens, int kDigits, int kVecs, class Fetch>
 static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, int panel, int vec,
-                      float* out) {
+                      Fetch fetch, float* out) {
   const int64_t steps = w.steps(), padded_k = w.padded_k();
   const uint8_t* weights = w.data + panel * w.panel_bytes() + vec * 64;
   const auto* digits = reinterpret_cast<const int8_t*>(a.rows + first_row * a.row_bytes);
@@ -215,16 +233,20 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
       sums[r][v] = broadcast_i32(a.offsets[first_row * kDigits + r]);
     }
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    Int8Weights bytes[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      const uint8_t* at = weights + step * kStepBytes + v * 64;
-      if constexpr (kTokens <= 2) prefetch_weights(at);
-      bytes[v] = load_int8_weights(at);
-    }
-    for (int r = 0; r < kTokens * kDigits; ++r) {
-      const int8_t* x = digits + r * padded_k + step * 4;
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = dot_int8(sums[r][v], bytes[v], x);
+  for (int64_t first = 0; first < steps; first += 16) {
+    const int64_t end = steps - first < 16 ? steps : first + 16;
+    fetch.steps(end - first);
+    for (int64_t step = first; step < end; ++step) {
+      Int8Weights bytes[kVecs];
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* at = weights + step * kStepBytes + v * 64;
+        fetch.int8(at);
+        bytes[v] = load_int8_weights(at);
+      }
+      for (int r = 0; r < kTokens * kDigits; ++r) {
+        const int8_t* x = digits + r * padded_k + step * 4;
+        for (int v = 0; v < kVecs; ++v) sums[r][v] = dot_int8(sums[r][v], bytes[v], x);
+      }
     }
   }
   const float* scales = static_cast<const float*>(w.scales) + panel * kPanelWidth + vec * kLanes;
@@ -245,9 +267,11 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
 }
 
 // Add to `sums` the products of a group with rows that lie `stride` apart.
-template <int kRows, int kVecs, bool kFetches>
-static void add_int4_group(const uint8_t* group, const int8_t* inputs, int64_t stride, int steps,
-                           IVec (&sums)[kRows][kVecs]) {
+template <int kRows, int kVecs, class Fetch>
+[[gnu::always_inline]] static inline void add_int4_group(const uint8_t* group, const int8_t* inputs,
+                                                         int64_t stride, int steps,
+                                                         const Fetch& fetch,
+                                                         IVec (&sums)[kRows][kVecs]) {
   for (int first = 0; first < steps; first += kInt4Steps) {
     Int4Sum some[kRows][kVecs];
     for (int r = 0; r < kRows; ++r) {
@@ -257,7 +281,7 @@ static void add_int4_group(const uint8_t* group, const int8_t* inputs, int64_t s
     for (int step = first; step < end; ++step) {
       for (int v = 0; v < kVecs; ++v) {
         const uint8_t* at = group + step * kStepBytes + v * 64;
-        if constexpr (kFetches) prefetch_int4_weights(at);
+        fetch.int4(at);
         Int8Weights low, high;
         load_int4_weights(at, low, high);
         for (int r = 0; r < kRows; ++r) {
@@ -285,9 +309,9 @@ static inline Vec add_group(Vec total, const IVec* digits, Vec scale) {
 
 // Grouped integers: the sum of each group is an exact integer, groups are added as floats, one
 // after the other.
-template <bool kIsInt4, int kTokens, int kDigits, int kVecs>
+template <bool kIsInt4, int kTokens, int kDigits, int kVecs, class Fetch>
 static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_row, int panel,
-                         int vec, float* out) {
+                         int vec, Fetch fetch, float* out) {
   constexpr int kInputs = kIsInt4 ? 8 : 4;
   const int64_t padded_k = w.padded_k(), groups = w.groups();
   const int group_steps = w.group / kInputs;
@@ -308,16 +332,16 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
         for (int v = 0; v < kVecs; ++v) sums[t * kDigits + d][v] = broadcast_i32(offset);
       }
     }
+    fetch.steps(group_steps);
     const uint8_t* group = weights + g * group_steps * kStepBytes;
     const int8_t* inputs = digits + g * w.group;
     if constexpr (kIsInt4) {
-      add_int4_group<kTokens * kDigits, kVecs, kTokens <= 2>(group, inputs, padded_k, group_steps,
-                                                             sums);
+      add_int4_group<kTokens * kDigits, kVecs>(group, inputs, padded_k, group_steps, fetch, sums);
     } else {
       for (int step = 0; step < group_steps; ++step) {
         for (int v = 0; v < kVecs; ++v) {
           const uint8_t* at = group + step * kStepBytes + v * 64;
-          if constexpr (kTokens <= 2) prefetch_weights(at);
+          fetch.int8(at);
           const Int8Weights bytes = load_int8_weights(at);
           for (int r = 0; r < kTokens * kDigits; ++r) {
             sums[r][v] = dot_int8(sums[r][v], bytes, inputs + r * padded_k + step * 4);
@@ -346,32 +370,40 @@ template <int kDigits>
 static void int_linear(const Matrix& w, const Activations& a, int64_t first_row, int rows,
                        int panel, float* tile) {
   constexpr int kTokens = kTileRows / kDigits;
+  constexpr int kMostAskingRows = 32;  // more take longer to multiply than memory to give a panel
   if constexpr (kSharesIntBlocks) {
     if (shares_int_blocks<kDigits>(w, rows)) {
       return blocked_int_linear<kDigits>(w, a, first_row, rows, panel, tile);
     }
   }
-  for (int r = 0; r < rows; r += kTokens) {
-    const int64_t row = first_row + r;
-    with_constant<kTokens>(rows - r < kTokens ? rows - r : kTokens, [&](auto T) {
-      constexpr int kRows = decltype(T)::value;
-      constexpr int kVecs = tile_vecs(kRows * kDigits), kGroupedVecs = grouped_tile_vecs(kRows);
-      float* out = tile + r * kPanelWidth;
+  const int64_t panel_bytes = w.panel_bytes();
+  const uint8_t* next_panel = w.data + (panel + 1) * panel_bytes;
+  each_tile<kTokens>(rows, [&](int r, auto n, int t, int tiles) {
+    constexpr int kRows = decltype(n)::value;
+    constexpr int kVecs = tile_vecs(kRows * kDigits), kGroupedVecs = grouped_tile_vecs(kRows);
+    const auto multiply = [&](int vec, auto fetch) {
+      float* out = tile + r * kPanelWidth + vec * kLanes;
       if (w.group == 0) {
-        for (int v = 0; v < kPanelVecs; v += kVecs) {
-          int8_tile<kRows, kDigits, kVecs>(w, a, row, panel, v, out + v * kLanes);
-        }
+        int8_tile<kRows, kDigits, kVecs>(w, a, first_row + r, panel, vec, fetch, out);
       } else if (w.kind == WeightKind::kInt8) {
-        for (int v = 0; v < kPanelVecs; v += kGroupedVecs) {
-          grouped_tile<false, kRows, kDigits, kGroupedVecs>(w, a, row, panel, v, out + v * kLanes);
-        }
+        grouped_tile<false, kRows, kDigits, kGroupedVecs>(w, a, first_row + r, panel, vec, fetch,
+                                                          out);
       } else {
-        for (int v = 0; v < kPanelVecs; v += kGroupedVecs) {
-          grouped_tile<true, kRows, kDigits, kGroupedVecs>(w, a, row, panel, v, out + v * kLanes);
-        }
+        grouped_tile<true, kRows, kDigits, kGroupedVecs>(w, a, first_row + r, panel, vec, fetch,
+                                                         out);
       }
-    });
-  }
+    };
+    const int vecs = w.group == 0 ? kVecs : kGroupedVecs;
+    for (int v = 0; v < kPanelVecs; v += vecs) {
+      if (tiles == 1) {
+        multiply(v, OwnWeights());
+        continue;
+      }
+      const int parts = tiles * kPanelVecs / vecs, part = t * kPanelVecs / vecs + v / vecs;
+      const int64_t bytes = rows <= kMostAskingRows ? kStepBytes / parts : 0;
+      multiply(v, NextWeights{next_panel + part * panel_bytes / parts, bytes});
+    }
+  });
 }
 
 template <Activation kActivation>

@@ -272,6 +272,8 @@ template <int kRows, int kVecs, class Fetch>
                                                          int64_t stride, int steps,
                                                          const Fetch& fetch,
                                                          IVec (&sums)[kRows][kVecs]) {
+  // Inputs are broadcast once for some outputs; few rows read their weights as one stream.
+  constexpr int kTogether = kRows <= 3 ? 1 : kVecs;
   for (int first = 0; first < steps; first += kInt4Steps) {
     Int4Sum some[kRows][kVecs];
     for (int r = 0; r < kRows; ++r) {
@@ -279,14 +281,18 @@ template <int kRows, int kVecs, class Fetch>
     }
     const int end = steps - first < kInt4Steps ? steps : first + kInt4Steps;
     for (int step = first; step < end; ++step) {
-      for (int v = 0; v < kVecs; ++v) {
-        const uint8_t* at = group + step * kStepBytes + v * 64;
-        fetch.int4(at);
-        Int8Weights low, high;
-        load_int4_weights(at, low, high);
+      for (int first_vec = 0; first_vec < kVecs; first_vec += kTogether) {
+        Int8Weights low[kTogether], high[kTogether];
+        for (int v = 0; v < kTogether; ++v) {
+          const uint8_t* at = group + step * kStepBytes + (first_vec + v) * 64;
+          fetch.int4(at);
+          load_int4_weights(at, low[v], high[v]);
+        }
         for (int r = 0; r < kRows; ++r) {
           const int8_t* x = inputs + r * stride + step * 8;
-          some[r][v] = dot_int4(dot_int4(some[r][v], low, x), high, x + 4);
+          Int4Sum* of_row = some[r] + first_vec;
+          for (int v = 0; v < kTogether; ++v) of_row[v] = dot_int4(of_row[v], low[v], x);
+          for (int v = 0; v < kTogether; ++v) of_row[v] = dot_int4(of_row[v], high[v], x + 4);
         }
       }
     }
@@ -339,13 +345,15 @@ static void grouped_tile(const Matrix& w, const Activations& a, int64_t first_ro
       add_int4_group<kTokens * kDigits, kVecs>(group, inputs, padded_k, group_steps, fetch, sums);
     } else {
       for (int step = 0; step < group_steps; ++step) {
+        Int8Weights bytes[kVecs];
         for (int v = 0; v < kVecs; ++v) {
           const uint8_t* at = group + step * kStepBytes + v * 64;
           fetch.int8(at);
-          const Int8Weights bytes = load_int8_weights(at);
-          for (int r = 0; r < kTokens * kDigits; ++r) {
-            sums[r][v] = dot_int8(sums[r][v], bytes, inputs + r * padded_k + step * 4);
-          }
+          bytes[v] = load_int8_weights(at);
+        }
+        for (int r = 0; r < kTokens * kDigits; ++r) {
+          const int8_t* x = inputs + r * padded_k + step * 4;
+          for (int v = 0; v < kVecs; ++v) sums[r][v] = dot_int8(sums[r][v], bytes[v], x);
         }
       }
     }

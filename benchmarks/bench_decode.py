@@ -14,6 +14,7 @@ transformers and torch), PyTorch (with safetensors).
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -266,6 +267,14 @@ class Ceilings:
 def make_model(preset: str) -> GPT:
     torch.manual_seed(SEED)
     return GPT(GPTConfig.preset(preset)).eval()
+
+
+def folder_of(model: GPT, preset: str) -> Path:
+    """Where files of these very weights are: what a peer has converted once must not stand for others."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().data)
+    return ROOT / "build" / "bench_decode" / f"{preset}-{digest.hexdigest()[:8]}"
 
 
 def export_model(model: GPT, folder: Path) -> None:
@@ -673,7 +682,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     decode.set_num_threads(options.threads)
     model = make_model(options.model)
-    folder = ROOT / "build" / "bench_decode" / options.model
+    folder = folder_of(model, options.model)
     folder.mkdir(parents=True, exist_ok=True)
     contenders = [
         Contender("leangpt", format, sys.executable, folder) for format in options.formats

@@ -48,7 +48,7 @@ struct OwnWeights {
   inline void int4(const uint8_t* at) const { prefetch_int4_weights(at); }
   inline void steps(int64_t) const {}
 };
-// One of some: with each step so many bytes of the next panel, so that memory is never idle.
+// One of some: for each step so many bytes of the next panel, so that memory is never idle.
 struct NextWeights {
   const uint8_t* next;
   int64_t bytes;
@@ -233,8 +233,9 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
       sums[r][v] = broadcast_i32(a.offsets[first_row * kDigits + r]);
     }
   }
-  for (int64_t first = 0; first < steps; first += 16) {
-    const int64_t end = steps - first < 16 ? steps : first + 16;
+  constexpr int64_t kBetweenFetches = 16;
+  for (int64_t first = 0; first < steps; first += kBetweenFetches) {
+    const int64_t end = steps - first < kBetweenFetches ? steps : first + kBetweenFetches;
     fetch.steps(end - first);
     for (int64_t step = first; step < end; ++step) {
       Int8Weights bytes[kVecs];
@@ -266,7 +267,8 @@ static void int8_tile(const Matrix& w, const Activations& a, int64_t first_row, 
   }
 }
 
-// Add to `sums` the products of a group with rows that lie `stride` apart.
+// Add to `sums` the products of a group with rows that lie `stride` apart. Not inlined it would
+// keep them in memory.
 template <int kRows, int kVecs, class Fetch>
 [[gnu::always_inline]] static inline void add_int4_group(const uint8_t* group, const int8_t* inputs,
                                                          int64_t stride, int steps,

@@ -210,7 +210,7 @@ Tensor append_kv_op(const Tensor& qkv, Tensor kv_cache, const Tensor& positions,
   append_kv({rows.const_data_ptr<float>(), rows.size(1), pointer<float>(weights[0]),
              pointer<float>(weights[1]), static_cast<float>(norm_eps),
              frequencies ? rotations.const_data_ptr<float>() : nullptr,
-             static_cast<uint16_t*>(queries.data_ptr()), queries.size(1)},
+             static_cast<uint16_t*>(queries.data_ptr()), queries.size(1), nullptr, false},
             cached.heads, cached.rows, cached.layer, current.stream);
   return first_columns(queries, n_head * D).view({N, n_head, D});
 }

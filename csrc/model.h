@@ -14,6 +14,7 @@ struct ModelConfig {
   int32_t sliding_window;  // 0: none
   Activation activation;
   float norm_eps;
+  int32_t value_residual;  // whether the first layer's values are added to those of all others
 };
 
 // Vectors are padded with zeros to a multiple of 16 floats; null ones are absent.

@@ -77,6 +77,7 @@ class GPTConfig:
     bias: bool = True  # in every linear layer and LayerNorm
     qkv_bias: bool | None = None  # None: as `bias`
     qk_norm: bool = False  # RMSNorm of each query and key head
+    value_residual: bool = False  # the first block's values are added to those of all others
     sliding_window: int | None = None  # keys seen by a query, itself included; None: all before it
     tie_embeddings: bool = True
     dropout: float = 0.0
@@ -154,6 +155,7 @@ _LEAN: dict[str, Any] = {
     "activation": "swiglu",
     "bias": False,
     "qk_norm": True,
+    "value_residual": True,
 }
 # for CPUs; training sets vocab_size to that of the data's tokenizer
 _SMALL_SIZES: dict[str, dict[str, Any]] = {

@@ -93,7 +93,11 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalized stream and added to it."""
+    """Attention and MLP, each on the normalized stream and added to it.
+
+    With a value residual (Zhou et al., 2024, https://arxiv.org/abs/2410.17897) it attends to the sum of its own values and the
+    first block's.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -109,10 +113,20 @@ class Block(nn.Module):
         self.mlp_in = Linear(C, config.inner_size * (1 + config.is_gated), bias=config.bias)
         self.mlp_out = Linear(config.inner_size, C, bias=config.bias)
 
-    def forward(self, stream: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        stream: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream, and the values that were attended to; `first_values` are those of the first block, if they are added."""
         dropout_p = self.config.dropout if self.training else 0.0
-        branch = self.attention(self.norm_1(stream), rope, attend)
+        branch, values = self.attention(self.norm_1(stream), rope, attend, first_values)
         x, stream = self.norm_2.add(branch, stream, dropout_p)
+        return self.add_mlp(x, stream, dropout_p), values
+
+    def add_mlp(self, x: Tensor, stream: Tensor, dropout_p: float) -> Tensor:
         if not (self.mlp_in.is_plain and self.mlp_out.is_plain):
             h = ops.activate(self.mlp_in(x), self.config.activation)
             return stream + F.dropout(self.mlp_out(h), dropout_p)
@@ -127,7 +141,13 @@ class Block(nn.Module):
             dropout_p=dropout_p,
         )
 
-    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+    def attention(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         H, H_kv, D = self.config.n_head, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D)
@@ -140,8 +160,10 @@ class Block(nn.Module):
             q, k, v = qkv.split((H, H_kv, H_kv), dim=2)
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
+        if first_values is not None:
+            v = v + first_values
         out = attend(self.layer, q, k, v)
-        return self.attn_out(out.flatten(2))
+        return self.attn_out(out.flatten(2)), v
 
 
 class GPT(nn.Module):
@@ -271,11 +293,15 @@ class GPT(nn.Module):
         if self.wte_delta is not None:
             stream = self.wte_delta(tokens, stream)
         stream = F.dropout(stream, self.config.dropout, self.training)
+        first_values = None
         for block in self.blocks:
+            inputs = stream, rope, attend or self.attend, first_values
             if self.recomputes_blocks and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, rope, attend or self.attend, use_reentrant=False)
+                stream, values = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                stream = block(stream, rope, attend or self.attend)
+                stream, values = block(*inputs)
+            if self.config.value_residual and first_values is None:
+                first_values = values
         return self.norm_f(stream)
 
     def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

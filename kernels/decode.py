@@ -42,6 +42,7 @@ class ModelConfig(Structure):
         ("sliding_window", c_int32),
         ("activation", c_int32),
         ("norm_eps", c_float),
+        ("value_residual", c_int32),
     ]
 
 

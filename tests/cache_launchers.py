@@ -2,7 +2,18 @@
 
 import functools
 from collections.abc import Sequence
-from ctypes import CDLL, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import (
+    CDLL,
+    Structure,
+    byref,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_void_p,
+)  # fmt: skip
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +55,8 @@ class _AppendArgs(Structure):
         ("norm_eps", c_float),
         *((name, c_void_p) for name in ("rotations", "queries")),
         ("query_stride", c_int64),
+        ("first_values", c_void_p),
+        ("is_first_layer", c_bool),
     ]
 
 
@@ -153,6 +166,8 @@ class PagedCache:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         rotations: Any | None = None,
+        first_values: Any | None = None,
+        is_first_layer: bool = False,
     ) -> Tensor:
         """Write keys and values of `qkv` `(rows, H + 2 H_kv, D)`; its queries, `(rows, H, D)` in `query_dtype`."""
         flat = torch.nn.functional.pad(qkv.flatten(1), (0, 3))  # rows may be further apart
@@ -172,6 +187,8 @@ class PagedCache:
             rotations.address if rotations else None,
             queries.address,
             self.stride,
+            first_values.address if first_values else None,
+            is_first_layer,
         )
         call("append_kv", byref(args), byref(self.shape), byref(self.step_rows(rows)), byref(self.layer))  # fmt: skip
         H, D = self.shape.n_head, self.shape.head_dim

@@ -23,6 +23,7 @@ CONFIGS = {
     "llama": GPTConfig(**BASE, **LLAMA, n_kv_head=2, tie_embeddings=False),
     "one key head": GPTConfig(**BASE, **LLAMA, n_kv_head=1, head_dim=10),
     "qk norm": GPTConfig(**BASE, **LLAMA, n_kv_head=2, qk_norm=True, qkv_bias=True),
+    "value residual": GPTConfig(**BASE, **LLAMA, n_kv_head=2, value_residual=True),
     "sliding window": GPTConfig(**BASE, **LLAMA, sliding_window=5),
     "window of learned positions": GPTConfig(**BASE, sliding_window=1),
 }

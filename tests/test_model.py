@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from leangpt import GPT, GPTConfig
+from leangpt.kernels import use_backend
 
 
 @pytest.fixture
@@ -33,3 +34,29 @@ def test_initial_weights(is_modern):
             assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel()), name
         else:
             assert (weight == (0 if name.endswith("bias") else 1)).all(), name
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_value_residual(position):
+    """Every block but the first attends to its own values, which are the last heads of qkv, and the first block's."""
+    model = GPT(
+        GPTConfig(
+            **{"n_layer": 3, "n_embd": 24, "n_head": 4, "n_kv_head": 2, "vocab_size": 30},
+            max_seq_len=8,
+            position=position,
+            value_residual=True,
+        )
+    ).double()
+    own, attended = [], []
+    for block in model.blocks:
+        block.qkv.register_forward_hook(lambda _, inputs, qkv: own.append(qkv[..., -12:]))
+
+    def attend(layer, q, k, v):
+        attended.append(v.flatten(2))
+        return model.attend(layer, q, k, v)
+
+    with use_backend("reference"):
+        model.hidden(torch.randint(30, (2, 8)), attend=attend)
+    assert torch.equal(attended[0], own[0])
+    for i in (1, 2):
+        assert torch.equal(attended[i], own[i] + own[0])

@@ -60,6 +60,7 @@ CONFIGS = {
         "qk_norm": True,
         "qkv_bias": True,
     },
+    "value residual": {"n_head": 6, "n_embd": 60, "n_kv_head": 3, **LLAMA, "value_residual": True},
     "explicit head_dim": {"n_head": 3, "n_embd": 50, "head_dim": 24, **LLAMA},
     "untied head": {"n_head": 2, "n_embd": 32, "tie_embeddings": False},
     "relu2 without bias": {"n_head": 2, "n_embd": 32, "activation": "relu2", "bias": False},

@@ -15,6 +15,7 @@ MODERN = {
     "activation": "swiglu",
     "bias": False,
     "qk_norm": True,
+    "value_residual": True,
 }
 
 

@@ -121,6 +121,7 @@ NATIVE_ONLY = {
     "n_kv_head=1": dataclasses.replace(GPT2, n_kv_head=1),
     "head_dim=16": dataclasses.replace(GPT2, head_dim=16),
     "qk_norm=True": dataclasses.replace(GPT2, qk_norm=True),
+    "value_residual=True": dataclasses.replace(LLAMA, value_residual=True),
 }
 
 

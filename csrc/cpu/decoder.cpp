@@ -231,6 +231,7 @@ void Decoder::run_blocks(const Batch& batch) {
   float* attended = attended_.get(N * attended_width);
   float* inner = inner_.get(N * inner_width);
   float* rotations = model_.frequencies ? rotations_.get(N * D) : nullptr;
+  float* first_values = config.value_residual ? first_values_.get(N * H_kv * D) : nullptr;
 
   team.run(N, [&](int64_t row, int) {
     float* x = stream + row * C;
@@ -256,7 +257,12 @@ void Decoder::run_blocks(const Batch& batch) {
     team.run(N, [&](int64_t row, int) {
       float* q = qkv + row * qkv_width;
       float* keys = q + H * D;
-      const float* values = keys + H_kv * D;
+      float* values = keys + H_kv * D;
+      if (first_values) {
+        float* first = first_values + row * H_kv * D;
+        if (layer == 0) std::copy_n(values, H_kv * D, first);
+        for (int i = 0; layer > 0 && i < H_kv * D; ++i) values[i] += first[i];
+      }
       for (int head = 0; head < H + H_kv; ++head) {
         float* x = q + head * D;
         const float* norm = head < H ? l.q_norm : l.k_norm;

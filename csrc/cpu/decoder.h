@@ -82,7 +82,8 @@ class Decoder {
   std::vector<AdaptedRows> adapted_;
   std::vector<const float*> addends_;  // of each row, or null
   Linear linear_;
-  Buffer<float> stream_, normed_, qkv_, attended_, inner_, states_, rotations_, logits_;
+  Buffer<float> stream_, normed_, qkv_, attended_, inner_, states_, rotations_, first_values_,
+      logits_;
   Buffer<float> narrow_, products_, branch_;  // of deltas
 };
 

@@ -241,6 +241,8 @@ void Decoder::reserve() {
   has_moved |= queries_.reserve(N * attended_stride() * halves);
   has_moved |= attended_.reserve(N * attended_stride() * halves);
   has_moved |= rotations_.reserve(model_.frequencies ? N * config_.head_dim * floats : 0);
+  has_moved |= first_values_.reserve(
+      config_.value_residual ? N * config_.n_kv_head * config_.head_dim * floats : 0);
   has_moved |= normed_.reserve(std::max(N, outputs) * widths[0] * halves);
   has_moved |= inner_.reserve(N * stride_of(config_.n_inner) * halves);
   has_moved |= outputs_.reserve(outputs * std::max(widths[0], widths[1]) * floats);
@@ -353,13 +355,14 @@ void Decoder::launch_blocks() {
     rotary_angles(step_.positions(), model_.frequencies, model_.rope_magnitude, config_.head_dim,
                   rotations_.at<float>(), N, stream_);
   }
+  auto* first_values = config_.value_residual ? first_values_.at<float>() : nullptr;
   for (int layer = 0; layer < config_.n_layer; ++layer) {
     const Layer& l = layers_[layer];
     const KvLayer pages = kv_layer(layer);
     norm_and_multiply(l.norm_1_weight, l.norm_1_bias, l.qkv, layer, &LayerDeltas::qkv,
                       {qkv, nullptr, nullptr, qkv_stride(), Activation::kNone});
     append_kv({qkv, qkv_stride(), l.q_norm, l.k_norm, config_.norm_eps, rotations,
-               queries_.at<uint16_t>(), attended_stride()},
+               queries_.at<uint16_t>(), attended_stride(), first_values, layer == 0},
               heads(), rows, pages, stream_);
     attention_decode({queries_.at<uint16_t>(), attended, attended_stride(), step_.tiles(),
                       step_.shape().num_tiles, step_.shape().max_keys, config_.sliding_window,

@@ -128,8 +128,8 @@ class Decoder {
 
   Stream stream_;
   Step step_;
-  DeviceBuffer stream_rows_, normed_, rotations_, qkv_, queries_, attended_, inner_, outputs_,
-      scratch_;
+  DeviceBuffer stream_rows_, normed_, rotations_, first_values_, qkv_, queries_, attended_, inner_,
+      outputs_, scratch_;
   DeviceBuffer narrow_, addends_, branch_;  // of rows with adapters
   LibraryProduct library_ = nullptr;
   DeviceBuffer products_;                        // of the library

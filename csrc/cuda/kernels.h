@@ -150,7 +150,8 @@ void rotary_angles(const int32_t* positions, const float* frequencies, float mag
 
 // From float32 qkv rows: norms of heads (null: none), rotary (rotations null: none), queries
 // scaled by head_dim^-0.5 to bfloat16 (num_rows, query_stride), keys and values to their pages.
-// With pages of fp16 the queries are fp16 too.
+// With pages of fp16 the queries are fp16 too. With `first_values` (num_rows, n_kv_head * head_dim;
+// null: none) the first layer leaves its values there, and others add them to theirs.
 struct AppendArgs {
   const float* qkv;
   int64_t qkv_stride;
@@ -159,6 +160,8 @@ struct AppendArgs {
   const float* rotations;  // rotary_angles
   uint16_t* queries;
   int64_t query_stride;
+  float* first_values;
+  bool is_first_layer;
 };
 void append_kv(const AppendArgs& args, const HeadShape& shape, const StepRows& rows,
                const KvLayer& layer, cudaStream_t stream);

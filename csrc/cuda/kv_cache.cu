@@ -154,6 +154,17 @@ __global__ void __launch_bounds__(kThreads)
     const float* norm = is_query ? args.q_norm : args.k_norm;
     if (norm) normalize_head(x, norm, args.norm_eps, D, lane);
     if (args.rotations) rotate(x, args.rotations + row * D, D, lane);
+  } else if (args.first_values) {
+    const int value_head = head - shape.n_head - shape.n_kv_head;
+    float* first = args.first_values + (row * shape.n_kv_head + value_head) * D;
+    for (int d = lane; d < D; d += 32) {
+      if (args.is_first_layer) {
+        first[d] = x[d];
+      } else {
+        x[d] += first[d];
+      }
+    }
+    __syncwarp();
   }
   if (is_query) {
     uint16_t* query = args.queries + row * args.query_stride + head * D;

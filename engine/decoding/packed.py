@@ -135,6 +135,7 @@ class PackedModel:
             sliding_window=config.sliding_window or 0,
             activation=decode.ACTIVATIONS[config.activation],
             norm_eps=config.norm_eps,
+            value_residual=config.value_residual,
         )
         return Model(
             config=shape,

@@ -221,11 +221,13 @@ def closest_architecture(config: GPTConfig) -> tuple[str, list[str]]:
             "head_dim": config.head_size * config.n_head != config.n_embd,
             "qk_norm": config.qk_norm,
             "sliding_window": config.sliding_window is not None,
+            "value_residual": config.value_residual,
         }
     else:
         wrong = {
             "position": config.position != "rotary",
             "activation": config.activation != "swiglu",
+            "value_residual": config.value_residual,
         }
         # transformers' Llama insists on this even where head_dim is given
         is_divisible = config.n_embd % config.n_head == 0

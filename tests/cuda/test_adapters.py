@@ -20,7 +20,10 @@ pytestmark = pytest.mark.usefixtures("native_engine")
 
 BASES = {
     "gpt2": {"n_head": 3, "n_embd": 30, "n_inner": 75},  # no multiples of 16
-    "llama": {"n_head": 4, "n_kv_head": 2, "n_embd": 40, "n_inner": 75, "qk_norm": True, **LLAMA},
+    "llama": {
+        **{"n_head": 4, "n_kv_head": 2, "n_embd": 40, "n_inner": 75, **LLAMA},
+        **{"qk_norm": True, "value_residual": True},
+    },
 }
 CASES = {
     "lora": ("lora", {"rank": 3}),

@@ -41,6 +41,7 @@ CONFIGS = {
     "head_dim 128": {"n_head": 4, "n_embd": 32, "n_kv_head": 1, "head_dim": 128, **LLAMA},
     "odd widths": {"n_head": 3, "n_embd": 51, "n_inner": 77, "vocab_size": 131},
     "odd gated width": {"n_head": 3, "n_embd": 30, **LLAMA, "n_inner": 37, "bias": True},
+    "value residual": {"n_head": 6, "n_embd": 60, "n_kv_head": 3, **LLAMA, "value_residual": True},
     "untied head, gelu": {
         **{"n_head": 2, "n_embd": 32, "tie_embeddings": False},
         "activation": "gelu",

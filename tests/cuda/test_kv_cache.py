@@ -50,6 +50,26 @@ def test_append(head_dim, kind):
         torch.testing.assert_close(values, rounded(parts[:, 6:], kind), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_first_values_are_added_to_those_of_later_layers(head_dim):
+    lengths = [17, 3]
+    first, later = (PagedCache(HeadShape(4, 2, head_dim), "bf16", lengths) for _ in range(2))
+    rows = every_row(lengths)
+    qkv, later_qkv = (torch.randn(20, 8, head_dim) for _ in range(2))
+    kept = cuda.to_device(torch.full((20, 2, head_dim), torch.nan), "first_values")
+    first.append(qkv, rows, first_values=kept, is_first_layer=True)
+    later.append(later_qkv, rows, first_values=kept)
+    assert torch.equal(kept.cpu(), qkv[:, 6:])
+    for cache, expected in (
+        (first, qkv),
+        (later, torch.cat((later_qkv[:, :6], later_qkv[:, 6:] + qkv[:, 6:]), 1)),
+    ):
+        for sequence, parts in enumerate(expected.split(lengths)):
+            keys, values = cache.keys_and_values(sequence, len(parts))
+            assert torch.equal(keys, rounded(parts[:, 4:6], "bf16"))
+            assert torch.equal(values, rounded(parts[:, 6:], "bf16"))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", LARGEST)
 @pytest.mark.parametrize("head_dim", [80, 112, 144])

@@ -18,7 +18,7 @@ from leangpt.pretrained import load_model, save_pretrained
 GPT2_STYLE = GPTConfig(vocab_size=97, n_layer=2, n_head=4, n_embd=32, max_seq_len=64)
 LLAMA_STYLE = GPTConfig(
     vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, max_seq_len=64, norm="rms_norm", position="rotary",
-    activation="swiglu", bias=False, qk_norm=True, tie_embeddings=False,
+    activation="swiglu", bias=False, qk_norm=True, value_residual=True, tie_embeddings=False,
 )  # fmt: skip
 STYLES = [GPT2_STYLE, LLAMA_STYLE]
 OPTIONS = {

@@ -26,7 +26,10 @@ from leangpt.decoding.torch_decoder import TorchDecoder
 from leangpt.finetune import methods
 
 GPT2_STYLE = {"n_head": 3, "n_embd": 30, "n_inner": 75}  # no multiples of 16
-LLAMA_STYLE = {"n_head": 4, "n_kv_head": 2, "n_embd": 40, "n_inner": 75, "qk_norm": True, **LLAMA}
+LLAMA_STYLE = {
+    **{"n_head": 4, "n_kv_head": 2, "n_embd": 40, "n_inner": 75, **LLAMA},
+    **{"qk_norm": True, "value_residual": True},
+}
 CASES = {
     "lora": ("lora", {"rank": 3}),
     "lora_of_some": ("lora", {"rank": 17, "targets": ("mlp_in", "attn_out")}),

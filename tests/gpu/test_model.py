@@ -25,6 +25,7 @@ CONFIGS = {
         activation="swiglu",
         bias=False,
         qk_norm=True,
+        value_residual=True,
         sliding_window=24,
         tie_embeddings=False,
     ),

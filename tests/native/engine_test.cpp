@@ -100,6 +100,7 @@ class RandomModel {
     c.sliding_window = is_llama ? 290 : 0;
     c.activation = is_llama ? Activation::kSwiglu : Activation::kGelu;
     c.norm_eps = 1e-5f;
+    c.value_residual = 1;
     Layer* layers = memory_.take<Layer>(c.n_layer);
     const int q_width = c.n_head * c.head_dim, kv_width = c.n_kv_head * c.head_dim;
     for (int i = 0; i < c.n_layer; ++i) {

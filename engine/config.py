@@ -159,7 +159,7 @@ _LEAN: dict[str, Any] = {
 }
 # for CPUs; training sets vocab_size to that of the data's tokenizer
 _SMALL_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 128, "max_seq_len": 256},
+    "tiny": {"n_layer": 4, "n_head": 2, "n_embd": 128, "max_seq_len": 256},
     "mini": {"n_layer": 2, "n_head": 4, "n_embd": 256, "max_seq_len": 256},
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_seq_len": 256},
 }

@@ -33,11 +33,6 @@ def multiplies_bf16(device: str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def multiplies_in_tiles(device: str) -> bool:
-    """Whether the hardware has units that multiply matrices: tensor cores, or AMX."""
-    return device == "cuda" or decode.cpu_isa() == "amx"
-
-
 @functools.cache
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Floating-point operations per second of torch's matrix product, the best of a few tenths of a second."""

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +124,7 @@ def test_recipe_chooses_the_defaults_of_training(monkeypatch):
     )
     cli.main(["train", "--recipe", "gpt2", "--preset", "tiny", "--beta2", "0.9"])
     assert (seen[0].optimizer, seen[0].schedule, seen[0].beta2) == ("adamw", "cosine", 0.9)
-    assert seen[0].arch == GPTConfig(n_layer=2, n_head=2, n_embd=128, max_seq_len=256)
+    assert seen[0].arch == GPTConfig(n_layer=4, n_head=2, n_embd=128, max_seq_len=256)
     cli.main(["train", "--preset", "tiny"])
     assert seen[1] == TrainConfig(arch=GPTConfig.preset("tiny"))
 
@@ -172,13 +171,6 @@ def test_bad_number_of_threads(capsys, monkeypatch):
     monkeypatch.setenv("LEANGPT_THREADS", "many")
     status, _, err = run(capsys, "info")
     assert status == 1 and "LEANGPT_THREADS must be a positive number, got 'many'" in err
-
-
-@pytest.mark.parametrize(("is_fast", "n_layer"), [(False, 2), (True, 4)])
-def test_the_demo_has_a_model_for_slow_and_one_for_fast_machines(monkeypatch, is_fast, n_layer):
-    monkeypatch.setattr(demo, "multiplies_in_tiles", lambda device: is_fast)
-    config = demo.demo_config(Path("out"), Path("data"), 3.0)
-    assert (config.arch.n_layer, config.batch_size) == (n_layer, 2 * n_layer)
 
 
 def test_a_demo_beside_other_data_says_what_to_do(monkeypatch, tmp_path, capsys):

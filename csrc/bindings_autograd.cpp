@@ -1,5 +1,6 @@
 // Gradients of the ops of training: what each keeps, and with which op of bindings_train.cpp it
-// goes back. In C++: in Python they took a sixth of a small model's step (benchmarks/README.md).
+// goes back. In C++: in Python they took a sixth of a small model's step
+// (benchmarks/records/training.md).
 #include <ATen/ATen.h>
 #include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -196,7 +197,7 @@ struct Normalize : Function<Normalize> {
 // What a product keeps of its input x, for the gradient of its weight. A large float32 x that is
 // the y of a norm is computed again from the norm's own input, which is kept anyway: all of them
 // are a seventh of a step's memory and 0.012 of its time. In bf16 they are half as large, and take
-// 0.016 (benchmarks/README.md). Hooks, a checkpoint's say, are given x itself.
+// 0.016 (benchmarks/records/training.md). Hooks, a checkpoint's say, are given x itself.
 variable_list keep_input(AutogradContext* ctx, const Tensor& x, const Tensor& weight) {
   constexpr size_t kLarge = size_t{1} << 20;
   const auto* node = dynamic_cast<torch::autograd::CppNode<Normalize>*>(x.grad_fn().get());

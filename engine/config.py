@@ -148,7 +148,7 @@ class GPTConfig:
         return cls(**values)
 
 
-# what wins where training is short (benchmarks/README.md)
+# what wins where training is short (benchmarks/records/demo.md)
 _LEAN: dict[str, Any] = {
     "norm": "rms_norm",
     "position": "rotary",

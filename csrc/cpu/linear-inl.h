@@ -28,7 +28,7 @@ constexpr int64_t kBlockSteps = 256;
 // A tile of few rows is bound by memory: it asks for weights before it needs them. For the L2
 // cache, since the L1 cache has fewer requests under way at a time, and on some CPUs once more for
 // the L1 cache; int4 weights, of which a line takes more instructions, for that one in any case.
-// All measured: benchmarks/README.md.
+// All measured: benchmarks/records/.
 static inline void prefetch_weights(const uint8_t* at) {
   if constexpr (kFetchesTwice) {
     __builtin_prefetch(at + 16384, 0, 2);

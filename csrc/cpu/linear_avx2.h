@@ -5,7 +5,7 @@
 //
 // Each tile asks for its share of the weights that come next, line after line: memory gives them
 // while tiles multiply, and the CPU's own prefetchers see one stream. Asked for by the first tile
-// of a block alone, they came late: benchmarks/README.md.
+// of a block alone, they came late: benchmarks/records/.
 //
 // The copy, sums that go on in the next block, and int8 rows widened lie behind the tile, see
 // kTileFloats.

@@ -52,7 +52,7 @@ class Method:
     """The options of a method."""
 
     name: ClassVar[str]
-    learning_rate: ClassVar[float]  # of AdamW, the best one in benchmarks/README.md
+    learning_rate: ClassVar[float]  # of AdamW, the best one in benchmarks/records/fine_tuning.md
 
     def default_learning_rate(self, width: int) -> float:
         """Where the user gives none, for a model of `width` channels."""
